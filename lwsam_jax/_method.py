@@ -1,0 +1,185 @@
+"""The method as one configuration: what `layerwise_sam` and `TrainStep` share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _checks, _selection, _tree
+from ._layers import Layers, Rule
+from ._selection import LayerwiseSAMState, Selector, StaticLayers
+
+
+_WHO = "lwsam"
+
+
+def every(n: int) -> Callable[[jax.Array], jax.Array]:
+    """Returns the predicate that is true at steps 0, n, 2n, ...
+
+    Args:
+      n: Period in steps, >= 1. `when=every(n)` perturbs in every n-th step and runs the
+        base optimizer in the others.
+
+    Raises:
+      ValueError: If n is not a positive integer.
+    """
+    if not _checks.is_number(n) or n != int(n) or n < 1:
+        remedy = "Pass the period in steps; 1 perturbs in every step."
+        raise ValueError(_checks.message("every", "n", "an integer >= 1", n, remedy))
+    return lambda step_count: step_count % int(n) == 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerwiseSAM:
+    """Hyperparameters of layer-wise SAM, one argument for each axis of the SAM family.
+
+    Which layers are perturbed (`k` or `select`), how (`rho`, `normalize`), how both
+    gradients are combined (`alpha`), and in which steps (`when`).
+
+    Attributes:
+      k: Number of layers of the largest gradient norm; exactly one of k and select.
+      select: A selector `(norms f32[L], key) -> bool[L]`.
+      rho: Perturbation radius (the paper's r), >= 0; a float or a schedule of the step
+        count.
+      alpha: Mixing weight of Eq. 6, >= 0; a float or a schedule. 1 is SAM, above it WSAM.
+      normalize: `"none"`, `"selected"` or `"full"`; see `lwsam.value_and_grad`.
+      rule: What a layer is; `lwsam.weights` by default.
+      layers: The layers, if known already (`Layers.of(params, rule, loss_fn, *args)`
+        knows their depth).
+      axis_name: Mapped axis inside pmap or shard_map; `TrainStep` sets its own.
+      seed: Seed of selectors that draw at random.
+      when: Predicate `step_count int32[] -> bool[]`, such as `lwsam.every(2)`; the other
+        steps are plain. None perturbs in every step.
+      max_overhead: Only for `TrainStep`: no step may cost more than 1 + max_overhead
+        plain gradients; the layers are chosen among those that keep it so.
+
+    Raises:
+      ValueError: For numbers out of range, or neither or both of k and select.
+      TypeError: For arguments of the wrong kind.
+    """
+
+    k: Any = None
+    _: dataclasses.KW_ONLY
+    select: Selector | None = None
+    rho: Any
+    alpha: Any
+    normalize: str = "none"
+    rule: Rule | None = None
+    layers: Layers | None = None
+    axis_name: Any = None
+    seed: Any = 0
+    when: Callable[[jax.Array], jax.Array] | None = None
+    max_overhead: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before parameters are known."""
+        if (self.k is None) == (self.select is None):
+            got = "neither" if self.k is None else "both"
+            remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
+            raise ValueError(
+                _checks.message(_WHO, "k", "given if and only if `select` is not", got, remedy)
+            )
+        if self.k is not None:
+            _checks.count_of_layers(_WHO, "k", self.k)
+        else:
+            remedy = "Pass lwsam.top_k(4), or a function (norms, key) -> bool mask."
+            _checks.is_callable(_WHO, "select", self.select, remedy)
+        _checks.rho(_WHO, self.rho)
+        _checks.alpha(_WHO, self.alpha)
+        _checks.choice(_WHO, "normalize", self.normalize, _checks.NORMALIZE)
+        if self.rule is not None:
+            remedy = "Pass lwsam.weights, lwsam.modules, lwsam.leaves, or a function."
+            _checks.is_callable(_WHO, "rule", self.rule, remedy)
+        if self.layers is not None and not isinstance(self.layers, Layers):
+            remedy = "Make them with lwsam.Layers.of(params, ...)."
+            raise TypeError(
+                _checks.message(_WHO, "layers", "Layers or None", self.layers, remedy)
+            )
+        if self.when is not None:
+            remedy = "Pass lwsam.every(2), or a function of the step count."
+            _checks.is_callable(_WHO, "when", self.when, remedy)
+        if self.max_overhead is not None:
+            remedy = "0.1 bounds each step to 1.1 plain gradients; None sets no bound."
+            _checks.non_negative(_WHO, "max_overhead", self.max_overhead, remedy)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is known now that no step perturbs anything."""
+        no_layer = _checks.is_number(self.k) and self.k == 0
+        no_radius = _checks.is_number(self.rho) and self.rho == 0
+        return no_layer or no_radius or self.select is _selection.nothing()
+
+    def rho_at(self, step_count: jax.Array) -> Any:
+        """Returns the radius of a step."""
+        return self.rho(step_count) if callable(self.rho) else self.rho
+
+    def alpha_at(self, step_count: jax.Array) -> Any:
+        """Returns the mixing weight of a step."""
+        return self.alpha(step_count) if callable(self.alpha) else self.alpha
+
+    def layers_of(
+        self, params: Any, loss_fn: Any = None, *args: Any, axis_env: Any = None
+    ) -> Layers:
+        """Returns the layers that were given, or finds them as `Layers.of` does."""
+        if self.layers is None:
+            return Layers.of(params, self.rule, loss_fn, *args, axis_env=axis_env)
+        self.layers.flatten(_WHO, "params", params)
+        return self.layers
+
+    def init(self, params: Any, layers: Layers, eligible: Any = None) -> LayerwiseSAMState:
+        """Returns the state before the first step, with the first mask."""
+        dtype = _tree.accumulation_dtype(*jax.tree.leaves(params))
+        norms = jnp.zeros((len(layers),), dtype)
+        step_count = jnp.zeros((), jnp.int32)
+        return LayerwiseSAMState(
+            step_count=step_count,
+            norms=norms,
+            mask=self._mask(norms, step_count, layers, eligible),
+            value=jnp.full((), jnp.inf, dtype),
+            layers=StaticLayers(layers),
+        )
+
+    def advance(
+        self,
+        state: LayerwiseSAMState,
+        norms: jax.Array,
+        value: jax.Array,
+        layers: Layers,
+        eligible: Any = None,
+    ) -> LayerwiseSAMState:
+        """Returns the state after a step, with the mask of the next (lines 9 and 4)."""
+        norms = norms.astype(state.norms.dtype)
+        step_count = optax.safe_increment(state.step_count)
+        return LayerwiseSAMState(
+            step_count=step_count,
+            norms=norms,
+            mask=self._mask(norms, step_count, layers, eligible),
+            value=value.astype(state.value.dtype),
+            layers=StaticLayers(layers),
+        )
+
+    def _mask(
+        self, norms: jax.Array, step_count: jax.Array, layers: Layers, eligible: Any
+    ) -> jax.Array:
+        """Returns bool[L]: the selector's choice among eligible layers of finite norm."""
+        selector = _selection.top_k(self.k) if self.select is None else self.select
+        selector = _selection.bind(selector, layers)
+        allowed = jnp.isfinite(norms)
+        if eligible is not None:
+            allowed = allowed & jnp.asarray(eligible)
+        # -inf, not NaN: it sorts last, and no selector takes a norm that is not finite.
+        offered = jnp.where(allowed, norms, -jnp.inf)
+        key = jax.random.fold_in(jax.random.key(self.seed), step_count)
+        mask = jnp.asarray(selector(offered, key))
+        if mask.shape != norms.shape or mask.dtype != jnp.bool_:
+            remedy = "Return one bool for each layer, in pytree order."
+            got = f"{mask.dtype}{list(mask.shape)}"
+            expected = f"a function to bool[{len(layers)}]"
+            raise ValueError(_checks.message(_WHO, "select", expected, got, remedy))
+        mask = mask & allowed
+        return mask if self.when is None else mask & self.when(step_count)

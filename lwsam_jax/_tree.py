@@ -1,0 +1,74 @@
+"""Arithmetic on leaves: norms, safe division, the step to the perturbed point.
+
+All of it runs in at least float32 (float64 for float64 leaves) and rounds once, because
+in bfloat16 most of `w + rho * g` is lost to rounding, and float16 norms overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulation_dtype(*leaves: Any) -> jnp.dtype:
+    """Returns float32, or float64 where a leaf has 64-bit (or complex128) precision."""
+    wide = any(
+        jnp.dtype(leaf.dtype) in (jnp.float64, jnp.complex128) for leaf in leaves
+    )
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Casts to the accumulation precision, keeping complex leaves complex."""
+    dtype = accumulation_dtype(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    return x.astype(dtype)
+
+
+def square_norm(x: jax.Array) -> jax.Array:
+    """Returns the sum of |x|^2 over all elements, as a real scalar."""
+    x = _wide(x)
+    return jnp.sum(jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x**2)
+
+
+def norm(leaves: Sequence[jax.Array], dtype: jnp.dtype | None = None) -> jax.Array:
+    """Returns the L2 norm over all leaves, as a scalar of the accumulation dtype."""
+    dtype = dtype or accumulation_dtype(*leaves)
+    total = jnp.zeros((), dtype)
+    for leaf in leaves:
+        total = total + square_norm(leaf).astype(dtype)
+    return jnp.sqrt(total)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """Returns 1 / x where x > 0, and 0 elsewhere; never divides by zero."""
+    positive = x > 0
+    return jnp.where(positive, 1 / jnp.where(positive, x, jnp.ones_like(x)), 0)
+
+
+def add_scaled(x: jax.Array, scale: jax.Array, direction: jax.Array) -> jax.Array:
+    """Returns x + scale * direction, computed wide and rounded once to x's dtype."""
+    wide = _wide(x)
+    return (wide + scale.astype(jnp.real(wide).dtype) * _wide(direction)).astype(
+        x.dtype
+    )
+
+
+def mix(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns (1 - weight) * x + weight * y, computed wide and rounded once."""
+    x_wide, y_wide = _wide(x), _wide(y)
+    weight = weight.astype(jnp.real(x_wide).dtype)
+    return ((1 - weight) * x_wide + weight * y_wide).astype(y.dtype)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Returns whether every inexact element of the tree is finite, as bool[]."""
+    finite = jnp.ones((), bool)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite
