@@ -9,19 +9,22 @@ from ._layers import (
     weights as weights,
 )
 from ._method import every as every, LayerwiseSAM as LayerwiseSAM
+from ._one_step import StepInfo as StepInfo, TrainState as TrainState
 from ._selection import (
-    bottom_k as bottom_k,
     Cover as Cover,
-    everything as everything,
     LayerwiseSAMState as LayerwiseSAMState,
+    selection as selection,
+    value as value,
+)
+from ._selectors import (
+    bottom_k as bottom_k,
+    everything as everything,
     named as named,
     nothing as nothing,
     random_k as random_k,
-    selection as selection,
     top_k as top_k,
-    value as value,
 )
-from ._step import StepInfo as StepInfo, TrainState as TrainState, TrainStep as TrainStep
+from ._step import TrainStep as TrainStep
 from ._transform import layerwise_sam as layerwise_sam
 from ._version import __version__ as __version__
 

@@ -1,4 +1,4 @@
-"""Argument checks. Every message reads: who, which argument, what was expected, what came, what to do."""
+"""Argument checks; each message names who, which argument, what came, the remedy."""
 
 from __future__ import annotations
 

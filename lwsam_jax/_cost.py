@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from . import _checks, _flops, _jaxpr, _split
 from ._layers import Layers, Rule
 from ._selection import Cover, static_selection
@@ -33,10 +35,11 @@ class StepCost:
     forward: tuple[float, ...]
     input_grad: tuple[float, ...]
     weight_grad: tuple[float, ...]
-    _traced: _jaxpr.Traced = dataclasses.field(repr=False)
-    _cache: dict[Any, float] = dataclasses.field(default_factory=dict, repr=False)
+    _reach: _Reach = dataclasses.field(repr=False)
 
-    def ratio(self, selection: tuple[str, ...] | Cover, normalize: str = "none") -> float:
+    def ratio(
+        self, selection: tuple[str, ...] | Cover, normalize: str = "none"
+    ) -> float:
         r"""Returns the FLOPs of a step over those of a plain gradient.
 
         $$1 + \frac{F_{suffix} + B_{suffix \to w'}}{F + B}$$
@@ -56,32 +59,11 @@ class StepCost:
         chosen, _ = static_selection(_WHO, selection, self.layers)
         if not chosen:
             return 1.0
-        key = (chosen, normalize == "full")
-        if key not in self._cache:
-            self._cache[key] = self._step(*key) / self.plain
-        return self._cache[key]
-
-    def _step(self, chosen: tuple[int, ...], full: bool) -> float:
-        traced = self._traced
-        selected = [i for i, at in enumerate(self.layers.leaf_layer) if at in set(chosen)]
-        parts = _split.cut(traced, selected)
-        value = traced.outvars[:1]
-        weights = set(parts.chosen)
-        onward = weights | set(parts.residuals)
-        needed = _jaxpr.ancestors(parts.after, value)
-        value_only = [e for e in parts.after if any(v in needed for v in e.outvars)]
-        prefix = sum(map(_flops.forward, parts.before))
-        prefix_back = _flops.backward(parts.before, set(parts.rest), parts.residuals)
-        ascent_to = onward if full else weights
-        return (
-            prefix
-            + sum(map(_flops.forward, parts.after))
-            + _flops.backward(parts.after, ascent_to, value)
-            + (prefix_back if full else 0.0)
-            + sum(map(_flops.forward, value_only))
-            + _flops.backward(parts.after, onward, value)
-            + prefix_back
+        ascent_to = (
+            range(self._reach.inputs.shape[1]) if normalize == "full" else chosen
         )
+        suffix = self._reach.run_again(chosen)
+        return 1.0 + (suffix + self._reach.backward(ascent_to)) / self.plain
 
     def eq8(self, selection: tuple[str, ...] | Cover) -> float:
         r"""Returns the cost of the paper's Eq. 8 over a plain gradient, plus 1.
@@ -95,9 +77,7 @@ class StepCost:
         chosen, _ = static_selection(_WHO, selection, self.layers)
         if not chosen:
             return 1.0
-        leaves = zip(self._traced.invars, self.layers.leaf_layer, strict=True)
-        wrt = {v for v, at in leaves if at in set(chosen)}
-        back = _flops.backward(self._traced.eqns, wrt, self._traced.outvars[:1])
+        back = self._reach.backward(chosen)
         return 1.0 + (sum(self.forward) + back) / self.plain
 
     def eq9(self, period: int) -> float:
@@ -130,14 +110,17 @@ class StepCost:
             )
         return "\n".join(lines)
 
-    def within(self, max_overhead: float) -> tuple[bool, ...]:
-        """Returns for each layer whether the cover that starts at it costs no more.
+    def prices(self, normalize: str = "none") -> tuple[float, ...]:
+        """Returns for each layer the overhead of the cover that starts at it.
+
+        Covers grow towards the input, so that the price of a selection, run on its
+        cover, is the largest of its layers' prices.
 
         Args:
-          max_overhead: Bound on `ratio(cover) - 1`.
+          normalize: As in `ratio`.
         """
         covers = (Cover(self.layers.from_depth(d)) for d in self.layers.depth)
-        return tuple(self.ratio(c) - 1.0 <= max_overhead for c in covers)
+        return tuple(self.ratio(cover, normalize) - 1.0 for cover in covers)
 
 
 def step_cost(
@@ -181,40 +164,86 @@ def step_cost(
     else:
         known = layers
     traced, inputs = _jaxpr.trace_call(loss_fn, params, args, axis_env=axis_env)
-    weights = set(traced.invars)
-    forward = [_flops.forward(e) for e in traced.eqns]
-    back = _flops.backward_by_equation(traced.eqns, weights, traced.outvars[:1])
-    data = [*inputs, *traced.consts]
-    per_layer = _by_layer(known, traced, forward, back, data)
-    return StepCost(known, sum(forward) + sum(back), *per_layer, traced)
+    count = len(known)
+    sources = {v: 1 << (count + 1) for v in (*inputs, *traced.consts)}
+    for v, layer in zip(traced.invars, known.leaf_layer, strict=True):
+        sources[v] = 1 << (layer if layer >= 0 else count)
+    found = _flops.works(
+        traced.eqns, sources, traced.outvars[:1], _split.large_remats(traced)
+    )
+    reach = _Reach.of(found, count)
+    plain = sum(w.forward for w in found) + reach.backward(range(count + 1))
+    return StepCost(known, plain, *_by_layer(known, found), reach)
+
+
+def _columns(masks: list[int], count: int) -> np.ndarray:
+    """Returns bit masks as the rows of bool[rows, count + 1]; the last is "no layer"."""
+    rows = [[mask >> i & 1 for i in range(count + 1)] for mask in masks]
+    return np.array(rows, bool).reshape(len(masks), count + 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reach:
+    """Which equations and cotangents which layers reach, and their FLOPs.
+
+    Attributes:
+      forward: f64[E], FLOPs of running each live equation again.
+      equations: bool[E, L + 1], by which layers it is reached; last, other parameters.
+      recompute: f64[E], FLOPs of its recomputation in a backward pass, under remat.
+      cotangent: f64[I], FLOPs of the cotangent of each input of a live equation.
+      inputs: bool[I, L + 1], by which layers the input is reached.
+      owner: int[I], the equation of each input.
+    """
+
+    forward: np.ndarray
+    equations: np.ndarray
+    recompute: np.ndarray
+    cotangent: np.ndarray
+    inputs: np.ndarray
+    owner: np.ndarray
+
+    @staticmethod
+    def of(found: list[_flops.Work], count: int) -> _Reach:
+        live = [work for work in found if work.live]
+        entries = [(i, *entry) for i, work in enumerate(live) for entry in work.inputs]
+        return _Reach(
+            forward=np.array([w.forward for w in live], float),
+            equations=_columns([w.sources for w in live], count),
+            recompute=np.array([w.recompute for w in live], float),
+            cotangent=np.array([flops for _, _, flops in entries], float),
+            inputs=_columns([mask for _, mask, _ in entries], count),
+            owner=np.array([i for i, _, _ in entries], int),
+        )
+
+    def run_again(self, chosen: Any) -> float:
+        """Returns the FLOPs of the suffix's forward pass."""
+        return float(self.forward @ self.equations[:, list(chosen)].any(axis=1))
+
+    def backward(self, chosen: Any) -> float:
+        """Returns the FLOPs of a backward pass from the value down to the layers."""
+        active = self.inputs[:, list(chosen)].any(axis=1)
+        again = np.zeros(len(self.recompute), bool)
+        again[self.owner[active]] = True
+        return float(self.cotangent @ active + self.recompute @ again)
 
 
 def _by_layer(
-    layers: Layers,
-    traced: _jaxpr.Traced,
-    forward: list[float],
-    back: list[float],
-    data: list[Any],
+    layers: Layers, found: list[_flops.Work]
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
     """Attributes each equation to the deepest layer that it depends on."""
-    places = zip(traced.invars, layers.leaf_layer, strict=True)
-    owner: dict[Any, int] = {v: layer for v, layer in places if layer >= 0}
-    on_data = _jaxpr.dependents(traced.eqns, data)
-    totals = [[0.0] * len(layers) for _ in range(3)]
-    deepest = functools.partial(max, key=lambda i: layers.depth[i])
-    first = min(range(len(layers)), key=layers.depth.__getitem__)
-    for eqn, f, b in zip(traced.eqns, forward, back, strict=True):
-        read = [a for a in eqn.invars if _jaxpr.is_var(a)]
-        met = [owner[a] for a in read if a in owner]
+    count = len(layers)
+    totals = [[0.0] * count for _ in range(3)]
+    deepest = functools.partial(max, key=layers.depth.__getitem__)
+    first = min(range(count), key=layers.depth.__getitem__)
+    for work in found:
+        reached = 0
+        for mask, _ in work.inputs:
+            reached |= mask
+        met = [i for i in range(count) if reached >> i & 1]
         at = deepest(met) if met else first
-        own = [
-            _jaxpr.is_var(a) and owner.get(a) == at and a not in on_data
-            for a in eqn.invars
-        ]
-        weight_part = min(b, _flops.transposed(eqn, own))
-        for total, part in zip(totals, (f, b - weight_part, weight_part), strict=True):
-            total[at] += part
-        if met:
-            owner.update(dict.fromkeys(eqn.outvars, at))
+        totals[0][at] += work.forward
+        for mask, flops in work.inputs if work.live else ():
+            if mask % (1 << (count + 1)):
+                totals[2 if mask == 1 << at else 1][at] += flops
     forward_l, input_l, weight_l = (tuple(total) for total in totals)
     return forward_l, input_l, weight_l

@@ -6,10 +6,13 @@ transcendental function none (XLA keeps a separate count of those), data movemen
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from . import _jaxpr
@@ -39,13 +42,151 @@ def _size(atom: Any) -> int:
     return math.prod(getattr(atom.aval, "shape", ()))
 
 
+class Work(NamedTuple):
+    """FLOPs of one equation, or of one inside the body of another.
+
+    What reaches what is a bit mask: one bit for each source given to `works`.
+
+    Attributes:
+      forward: FLOPs of running it, times the trips of the loops around it.
+      recompute: FLOPs of running it again in a backward pass, under remat.
+      sources: Sources that the equation, or the one it is inside, depends on.
+      inputs: For each differentiable input the sources that it depends on and the FLOPs
+        of its cotangent.
+      live: Whether the value depends on it.
+    """
+
+    forward: float
+    recompute: float
+    sources: int
+    inputs: tuple[tuple[int, float], ...]
+    live: bool
+
+
+def works(
+    eqns: Sequence[core.JaxprEqn],
+    sources: dict[core.Var, int],
+    outputs: Sequence[Any],
+    is_open: Callable[[core.JaxprEqn], bool],
+) -> list[Work]:
+    """Returns the work of every equation, bodies included.
+
+    Args:
+      eqns: Equations in execution order.
+      sources: Bit mask of each variable that comes from outside.
+      outputs: Atoms whose gradient is wanted.
+      is_open: Whether a remat is cut open by the split; else it runs as a whole.
+    """
+    found: list[Work] = []
+    _walk(eqns, dict(sources), outputs, found, is_open, 1.0, None, False)
+    return found
+
+
+def _walk(
+    eqns: Sequence[core.JaxprEqn],
+    env: dict[core.Var, int],
+    outputs: Sequence[Any],
+    found: list[Work],
+    is_open: Callable[[core.JaxprEqn], bool],
+    times: float,
+    whole: int | None,
+    remat: bool,
+) -> None:
+    """Appends the work of `eqns`; `env` is filled with the mask of each variable.
+
+    `whole` is the mask of the enclosing equation where the split keeps that in one piece.
+    """
+    live = _jaxpr.ancestors(eqns, outputs)
+    for eqn in eqns:
+        masks = [env.get(a, 0) if _jaxpr.is_var(a) else 0 for a in eqn.invars]
+        every = functools.reduce(operator.or_, masks, 0)
+        env.update(dict.fromkeys(eqn.outvars, every))
+        bodies = _bodies(eqn)
+        if bodies:
+            is_remat = eqn.primitive.name in _jaxpr.REMAT
+            opened = is_remat and is_open(eqn)
+            around = whole if whole is not None or opened else every
+            branches = []
+            for body, trips in bodies:
+                branch: list[Work] = []
+                inner = _enter(eqn, body, masks)
+                wanted = _live_outputs(eqn, body, live)
+                _walk(
+                    body.eqns,
+                    inner,
+                    wanted,
+                    branch,
+                    is_open,
+                    times * trips,
+                    around,
+                    remat or is_remat,
+                )
+                _leave(eqn, body, inner, env)
+                branches.append(branch)
+            if eqn.primitive.name == "cond":
+                branches = [max(branches, key=lambda b: sum(w.forward for w in b))]
+            found.extend(work for branch in branches for work in branch)
+            continue
+        run = times * forward(eqn)
+        inputs = tuple(
+            (mask, times * _one_input(eqn, i))
+            for i, (a, mask) in enumerate(zip(eqn.invars, masks, strict=True))
+            if mask and jnp.issubdtype(a.aval.dtype, jnp.inexact)
+        )
+        around = every if whole is None else whole
+        is_live = any(v in live for v in eqn.outvars)
+        found.append(Work(run, run if remat else 0.0, around, inputs, is_live))
+
+
+def _enter(
+    eqn: core.JaxprEqn, body: core.Jaxpr, masks: Sequence[int]
+) -> dict[core.Var, int]:
+    """Returns the masks of a body's inputs, carries at their fixed point."""
+    offset = len(masks) - len(body.invars)
+    if offset < 0 or eqn.primitive.name == "while":
+        every = functools.reduce(operator.or_, masks, 0)
+        return dict.fromkeys(body.invars, every)
+    inner = dict(zip(body.invars, masks[offset:], strict=True))
+    if eqn.primitive.name == "scan":
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        for _ in range(carries):
+            before = dict(inner)
+            out = _propagate(body, inner)
+            for v, mask in zip(body.invars[consts:], out[:carries], strict=False):
+                inner[v] |= mask
+            if inner == before:
+                break
+    return inner
+
+
+def _propagate(body: core.Jaxpr, inputs: dict[core.Var, int]) -> list[int]:
+    env = dict(inputs)
+    for eqn in body.eqns:
+        masks = [env.get(a, 0) for a in eqn.invars if _jaxpr.is_var(a)]
+        env.update(dict.fromkeys(eqn.outvars, functools.reduce(operator.or_, masks, 0)))
+    return [env.get(a, 0) if _jaxpr.is_var(a) else 0 for a in body.outvars]
+
+
+def _live_outputs(eqn: core.JaxprEqn, body: core.Jaxpr, live: set[Any]) -> list[Any]:
+    """Returns the outputs of a body that the value depends on."""
+    if eqn.primitive.name in ("scan", "while") or len(body.outvars) != len(eqn.outvars):
+        return list(body.outvars) if any(v in live for v in eqn.outvars) else []
+    pairs = zip(body.outvars, eqn.outvars, strict=True)
+    return [inner for inner, outer in pairs if outer in live]
+
+
+def _leave(
+    eqn: core.JaxprEqn, body: core.Jaxpr, inner: dict[Any, int], env: dict[Any, int]
+) -> None:
+    """Sharpens the masks of an equation's outputs where its body is a plain call."""
+    if eqn.primitive.name in _jaxpr.CALLS and len(body.outvars) == len(eqn.outvars):
+        for out, atom in zip(eqn.outvars, body.outvars, strict=True):
+            env[out] = inner.get(atom, 0) if _jaxpr.is_var(atom) else 0
+
+
 def forward(eqn: core.JaxprEqn) -> float:
-    """Returns the FLOPs of running an equation once."""
+    """Returns the FLOPs of running an equation without a body once."""
     name = eqn.primitive.name
-    bodies = _bodies(eqn)
-    if bodies:
-        each = [times * sum(map(forward, body.eqns)) for body, times in bodies]
-        return max(each) if name == "cond" else sum(each)
     if name == "dot_general":
         return _dot(eqn)
     if name == "conv_general_dilated":
@@ -59,40 +200,6 @@ def forward(eqn: core.JaxprEqn) -> float:
     if name.startswith("scatter"):
         return float(_size(eqn.invars[-1]))
     return float(sum(_size(v) for v in eqn.outvars))
-
-
-def backward(
-    eqns: Sequence[core.JaxprEqn], wrt: set[core.Var], outputs: Sequence[Any]
-) -> float:
-    """Returns the FLOPs of the backward pass from `outputs` to the variables `wrt`."""
-    return sum(backward_by_equation(eqns, wrt, outputs))
-
-
-def backward_by_equation(
-    eqns: Sequence[core.JaxprEqn], wrt: set[core.Var], outputs: Sequence[Any]
-) -> list[float]:
-    """Returns the FLOPs of each equation's part in a backward pass."""
-    active = _jaxpr.dependents(eqns, wrt) & _jaxpr.ancestors(eqns, outputs)
-    return [
-        transposed(eqn, [_jaxpr.is_var(a) and a in active for a in eqn.invars])
-        if any(v in active for v in eqn.outvars)
-        else 0.0
-        for eqn in eqns
-    ]
-
-
-def transposed(eqn: core.JaxprEqn, active: Sequence[bool]) -> float:
-    """Returns the FLOPs of carrying an equation's cotangent to its active inputs."""
-    if not any(active):
-        return 0.0
-    name = eqn.primitive.name
-    bodies = _bodies(eqn)
-    if bodies:
-        each = [
-            times * _transposed_body(eqn, body, active) for body, times in bodies
-        ]
-        return max(each) if name == "cond" else sum(each)
-    return float(sum(_one_input(eqn, i) for i, on in enumerate(active) if on))
 
 
 def _one_input(eqn: core.JaxprEqn, index: int) -> float:
@@ -123,7 +230,7 @@ def _bodies(eqn: core.JaxprEqn) -> list[tuple[core.Jaxpr, float]]:
 
     The trip count of a while loop is not known: it counts as one, as XLA counts it.
     """
-    times = float(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else 1.0
+    times = float(eqn.params["length"]) if eqn.primitive.name == "scan" else 1.0
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -131,35 +238,6 @@ def _bodies(eqn: core.JaxprEqn) -> list[tuple[core.Jaxpr, float]]:
             if isinstance(body, core.Jaxpr):
                 found.append((body, times))
     return found
-
-
-def _transposed_body(
-    eqn: core.JaxprEqn, body: core.Jaxpr, active: Sequence[bool]
-) -> float:
-    offset = len(eqn.invars) - len(body.invars)  # the index of a cond comes first
-    inner_active = list(active[offset:]) if offset >= 0 else [True] * len(body.invars)
-    if eqn.primitive.name == "scan":
-        _close_over_carry(eqn, body, inner_active)
-    wrt = {v for v, on in zip(body.invars, inner_active, strict=True) if on}
-    total = backward(body.eqns, wrt, body.outvars)
-    if eqn.primitive.name in _jaxpr.REMAT:
-        total += sum(map(forward, body.eqns))
-    return total
-
-
-def _close_over_carry(
-    eqn: core.JaxprEqn, body: core.Jaxpr, active: list[bool]
-) -> None:
-    """Marks carries that become active because an earlier iteration makes them so."""
-    first, count = eqn.params["num_consts"], eqn.params["num_carry"]
-    changed = True
-    while changed:
-        wrt = {v for v, on in zip(body.invars, active, strict=True) if on}
-        reached = _jaxpr.dependents(body.eqns, wrt)
-        changed = False
-        for i, out in enumerate(body.outvars[:count]):
-            if _jaxpr.is_var(out) and out in reached and not active[first + i]:
-                active[first + i] = changed = True
 
 
 def _dot(eqn: core.JaxprEqn) -> float:
@@ -190,7 +268,14 @@ def _conv(eqn: core.JaxprEqn) -> float:
 
 
 def _taps(
-    *, size: int, kernel: int, outputs: int, stride: int, pad: int, base: int, window: int
+    *,
+    size: int,
+    kernel: int,
+    outputs: int,
+    stride: int,
+    pad: int,
+    base: int,
+    window: int,
 ) -> int:
     """Returns the pairs (output, kernel element) that meet an element of the input."""
     count = 0

@@ -230,7 +230,9 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
             remedy = "Return (loss, aux), or pass has_aux=False."
             got = f"a {type(output).__name__}"
             raise TypeError(
-                _checks.message(who, "loss_fn", "a function to (scalar, aux)", got, remedy)
+                _checks.message(
+                    who, "loss_fn", "a function to (scalar, aux)", got, remedy
+                )
             )
         value, aux = output if has_aux else (output, None)
         if isinstance(value, (tuple, list, dict)) or value is None:
@@ -258,9 +260,13 @@ def _refuse_integers(who: str, params: Any) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             got = f"{dtype or type(leaf).__name__} at {jax.tree_util.keystr(path)}"
-            remedy = "Take it out of params and pass it to the loss as another argument."
+            remedy = (
+                "Take it out of params and pass it to the loss as another argument."
+            )
             raise TypeError(
-                _checks.message(who, "params", "of float or complex arrays", got, remedy)
+                _checks.message(
+                    who, "params", "of float or complex arrays", got, remedy
+                )
             )
 
 

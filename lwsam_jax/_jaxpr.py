@@ -38,7 +38,7 @@ def is_var(atom: Any) -> bool:
 
 
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
-_CALLS = REMAT | {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+CALLS = REMAT | {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
 
 
 def trace(
@@ -68,9 +68,7 @@ def trace(
     eqns: list[core.JaxprEqn] = []
     invars = list(closed.jaxpr.invars)
     outvars = _inline(closed.jaxpr, invars, consts, eqns, inline_calls)
-    return Traced(
-        eqns, invars, consts, outvars, structure[-1], closed.jaxpr.debug_info
-    )
+    return Traced(eqns, invars, consts, outvars, structure[-1], closed.jaxpr.debug_info)
 
 
 def trace_call(
@@ -122,7 +120,7 @@ def _inline(
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        if _is_plain_jit(eqn) or (inline_calls and eqn.primitive.name in _CALLS):
+        if _is_plain_jit(eqn) or (inline_calls and eqn.primitive.name in CALLS):
             inner = _body(eqn)
             fresh = [core.Var(v.aval) for v in inner.jaxpr.constvars]
             consts.update(zip(fresh, inner.consts, strict=True))
@@ -216,9 +214,7 @@ def dependents(
     return found
 
 
-def ancestors(
-    eqns: Sequence[core.JaxprEqn], targets: Iterable[Any]
-) -> set[core.Var]:
+def ancestors(eqns: Sequence[core.JaxprEqn], targets: Iterable[Any]) -> set[core.Var]:
     """Returns every variable that one of `targets` depends on, these included."""
     found = {atom for atom in targets if is_var(atom)}
     for eqn in reversed(eqns):

@@ -162,7 +162,9 @@ class Layers:
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         labels = [_label(rule, path, leaf) for path, leaf in paths]
         if rule is modules:
-            owners = {a for a, (p, x) in zip(labels, paths, strict=True) if weights(p, x)}
+            owners = {
+                a for a, (p, x) in zip(labels, paths, strict=True) if weights(p, x)
+            }
             labels = [label if label in owners else None for label in labels]
         names = tuple(dict.fromkeys(label for label in labels if label is not None))
         if not names:
@@ -266,7 +268,9 @@ def _label(rule: Rule, path: tuple[Any, ...], leaf: Any) -> str | None:
     if name is not None and not isinstance(name, str):
         remedy = "Return the layer's name, or None for a leaf that is never perturbed."
         raise TypeError(
-            _checks.message("Layers.of", "rule", "a function to str or None", name, remedy)
+            _checks.message(
+                "Layers.of", "rule", "a function to str or None", name, remedy
+            )
         )
     return name
 
@@ -278,7 +282,9 @@ def _nothing_found(rule: Rule, paths: Sequence[Any]) -> str:
         f"{list(getattr(leaf, 'shape', ()))}"
         for path, leaf in paths[:8]
     )
-    got = f"a tree of {len(paths)} leaves in which the rule `{name}` names none ({seen})"
+    got = (
+        f"a tree of {len(paths)} leaves in which the rule `{name}` names none ({seen})"
+    )
     remedy = (
         "Pass rule=lwsam.leaves for trees without matrices, or a rule of your own; "
         "Equinox models are passed as eqx.filter(model, eqx.is_inexact_array)."
@@ -295,7 +301,11 @@ def _refuse_shared_names(labels: Sequence[str | None], paths: Sequence[Any]) -> 
             remedy = "Rename one of them, or pass a rule that tells them apart."
             raise ValueError(
                 _checks.message(
-                    "Layers.of", "params", "a tree whose layers differ in name", got, remedy
+                    "Layers.of",
+                    "params",
+                    "a tree whose layers differ in name",
+                    got,
+                    remedy,
                 )
             )
 
@@ -309,7 +319,9 @@ def _refuse_masked(who: str, tree: Any) -> None:
             "optax.masked, multi_transform or partition and choose layers with rule=."
         )
         raise ValueError(
-            _checks.message(who, "params", "the whole parameter tree", "MaskedNode", remedy)
+            _checks.message(
+                who, "params", "the whole parameter tree", "MaskedNode", remedy
+            )
         )
 
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _selection, _tree
+from . import _checks, _selectors, _tree
 from ._layers import Layers, Rule
-from ._selection import LayerwiseSAMState, Selector, StaticLayers
+from ._selection import LayerwiseSAMState, StaticLayers
+from ._selectors import Selector
 
 
 _WHO = "lwsam"
@@ -55,8 +56,12 @@ class LayerwiseSAM:
       seed: Seed of selectors that draw at random.
       when: Predicate `step_count int32[] -> bool[]`, such as `lwsam.every(2)`; the other
         steps are plain. None perturbs in every step.
-      max_overhead: Only for `TrainStep`: no step may cost more than 1 + max_overhead
-        plain gradients; the layers are chosen among those that keep it so.
+      max_overhead: Only for `TrainStep`: no step costs more than 1 + max_overhead plain
+        gradients in FLOPs; the layers are chosen among those that keep it so.
+      mean_overhead: Only for `TrainStep`: the mean step costs no more than
+        1 + mean_overhead. What a step leaves of its share is saved, up to the price of
+        perturbing everything; as soon as the savings pay for the selector's free choice
+        it is taken, and in the other steps its choice among what the share alone pays.
 
     Raises:
       ValueError: For numbers out of range, or neither or both of k and select.
@@ -75,14 +80,19 @@ class LayerwiseSAM:
     seed: Any = 0
     when: Callable[[jax.Array], jax.Array] | None = None
     max_overhead: float | None = None
+    mean_overhead: float | None = None
 
     def __post_init__(self) -> None:
         """Checks what can be checked before parameters are known."""
         if (self.k is None) == (self.select is None):
             got = "neither" if self.k is None else "both"
-            remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
+            remedy = (
+                "Pass k=4 for the four layers of largest norm, or select=<selector>."
+            )
             raise ValueError(
-                _checks.message(_WHO, "k", "given if and only if `select` is not", got, remedy)
+                _checks.message(
+                    _WHO, "k", "given if and only if `select` is not", got, remedy
+                )
             )
         if self.k is not None:
             _checks.count_of_layers(_WHO, "k", self.k)
@@ -103,16 +113,18 @@ class LayerwiseSAM:
         if self.when is not None:
             remedy = "Pass lwsam.every(2), or a function of the step count."
             _checks.is_callable(_WHO, "when", self.when, remedy)
-        if self.max_overhead is not None:
-            remedy = "0.1 bounds each step to 1.1 plain gradients; None sets no bound."
-            _checks.non_negative(_WHO, "max_overhead", self.max_overhead, remedy)
+        for name in ("max_overhead", "mean_overhead"):
+            bound = getattr(self, name)
+            if bound is not None:
+                remedy = "0.1 allows for 1.1 plain gradients; None sets no bound."
+                _checks.non_negative(_WHO, name, bound, remedy)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is known now that no step perturbs anything."""
         no_layer = _checks.is_number(self.k) and self.k == 0
         no_radius = _checks.is_number(self.rho) and self.rho == 0
-        return no_layer or no_radius or self.select is _selection.nothing()
+        return no_layer or no_radius or self.select is _selectors.nothing()
 
     def rho_at(self, step_count: jax.Array) -> Any:
         """Returns the radius of a step."""
@@ -131,7 +143,9 @@ class LayerwiseSAM:
         self.layers.flatten(_WHO, "params", params)
         return self.layers
 
-    def init(self, params: Any, layers: Layers, eligible: Any = None) -> LayerwiseSAMState:
+    def init(
+        self, params: Any, layers: Layers, mask: jax.Array | None = None
+    ) -> LayerwiseSAMState:
         """Returns the state before the first step, with the first mask."""
         dtype = _tree.accumulation_dtype(*jax.tree.leaves(params))
         norms = jnp.zeros((len(layers),), dtype)
@@ -139,7 +153,7 @@ class LayerwiseSAM:
         return LayerwiseSAMState(
             step_count=step_count,
             norms=norms,
-            mask=self._mask(norms, step_count, layers, eligible),
+            mask=self.choose(norms, step_count, layers) if mask is None else mask,
             value=jnp.full((), jnp.inf, dtype),
             layers=StaticLayers(layers),
         )
@@ -150,7 +164,7 @@ class LayerwiseSAM:
         norms: jax.Array,
         value: jax.Array,
         layers: Layers,
-        eligible: Any = None,
+        mask: jax.Array | None = None,
     ) -> LayerwiseSAMState:
         """Returns the state after a step, with the mask of the next (lines 9 and 4)."""
         norms = norms.astype(state.norms.dtype)
@@ -158,20 +172,31 @@ class LayerwiseSAM:
         return LayerwiseSAMState(
             step_count=step_count,
             norms=norms,
-            mask=self._mask(norms, step_count, layers, eligible),
+            mask=self.choose(norms, step_count, layers) if mask is None else mask,
             value=value.astype(state.value.dtype),
             layers=StaticLayers(layers),
         )
 
-    def _mask(
-        self, norms: jax.Array, step_count: jax.Array, layers: Layers, eligible: Any
+    def choose(
+        self,
+        norms: jax.Array,
+        step_count: jax.Array,
+        layers: Layers,
+        eligible: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns bool[L]: the selector's choice among eligible layers of finite norm."""
-        selector = _selection.top_k(self.k) if self.select is None else self.select
-        selector = _selection.bind(selector, layers)
+        """Returns bool[L], the layers that a step perturbs.
+
+        Args:
+          norms: f32[L], of the last step known.
+          step_count: Number of the step that the choice is for.
+          layers: The layers.
+          eligible: bool[L], which of them may be chosen; None: all.
+        """
+        selector = _selectors.top_k(self.k) if self.select is None else self.select
+        selector = _selectors.bind(selector, layers)
         allowed = jnp.isfinite(norms)
         if eligible is not None:
-            allowed = allowed & jnp.asarray(eligible)
+            allowed = allowed & eligible
         # -inf, not NaN: it sorts last, and no selector takes a norm that is not finite.
         offered = jnp.where(allowed, norms, -jnp.inf)
         key = jax.random.fold_in(jax.random.key(self.seed), step_count)

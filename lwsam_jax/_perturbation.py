@@ -56,7 +56,8 @@ def perturb(
     steepest ascent; for real leaves the conjugation does nothing.
     """
     moved = [
-        _tree.add_scaled(w, scale, jnp.conj(g)) for w, g in zip(params, ascent, strict=True)
+        _tree.add_scaled(w, scale, jnp.conj(g))
+        for w, g in zip(params, ascent, strict=True)
     ]
     return [
         m if on is None else jnp.where(on, m, w)

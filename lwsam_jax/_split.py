@@ -32,7 +32,9 @@ class Split:
     """
 
     prefix: Callable[[Sequence[Any]], tuple[list[Any], list[Any]]]
-    suffix: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, list[Any]]]
+    suffix: Callable[
+        [Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, list[Any]]
+    ]
     out_tree: Any
 
 
@@ -154,6 +156,20 @@ def _divide(
     return before, after
 
 
+def large_remats(traced: _jaxpr.Traced) -> Callable[[core.JaxprEqn], bool]:
+    """Returns whether an equation is a remat of most of the parameters that are used."""
+    used = _jaxpr.ancestors(traced.eqns, traced.outvars[:1])
+    parameters = {v for v in traced.invars if v in used}
+
+    def is_large(eqn):
+        if eqn.primitive.name not in _jaxpr.REMAT:
+            return False
+        taken = {a for a in eqn.invars if _jaxpr.is_var(a) and a in parameters}
+        return 2 * len(taken) > len(parameters)
+
+    return is_large
+
+
 def _open_large_remats(
     traced: _jaxpr.Traced, chosen: Sequence[core.Var]
 ) -> list[core.JaxprEqn]:
@@ -162,8 +178,7 @@ def _open_large_remats(
     A remat of one block stays whole, since to cut it would keep what it wants to forget.
     A remat around the whole net, kept whole, would leave no prefix at all.
     """
-    used = _jaxpr.ancestors(traced.eqns, traced.outvars[:1])
-    parameters = [v for v in traced.invars if v in used]
+    is_large = large_remats(traced)
     reached = set(chosen)
     eqns = []
     for eqn in traced.eqns:
@@ -171,11 +186,7 @@ def _open_large_remats(
         if not any(v in reached for v in inputs):
             eqns.append(eqn)
             continue
-        taken = sum(v in set(inputs) for v in parameters)
-        if eqn.primitive.name in _jaxpr.REMAT and 2 * taken > len(parameters):
-            pieces = _cut_remat(eqn, reached)
-        else:
-            pieces = [eqn]
+        pieces = _cut_remat(eqn, reached) if is_large(eqn) else [eqn]
         eqns.extend(pieces)
         reached.update(_jaxpr.dependents(pieces, reached & set(inputs)))
     return eqns
@@ -191,9 +202,7 @@ def _cut_remat(eqn: core.JaxprEqn, reached: set[core.Var]) -> list[core.JaxprEqn
     if not before:
         return [eqn]
     defined = {v for e in before for v in e.outvars}
-    crossing = [
-        v for v in _jaxpr.free_variables(after, body_outvars) if v in defined
-    ]
+    crossing = [v for v in _jaxpr.free_variables(after, body_outvars) if v in defined]
     outer.update({v: core.Var(v.aval) for v in crossing})
 
     first_inputs = _jaxpr.free_variables(before, crossing)

@@ -13,7 +13,13 @@ import optax
 from . import _checks, _gradient, _perturbation
 from ._layers import Layers, Rule
 from ._method import LayerwiseSAM
-from ._selection import Cover, LayerwiseSAMState, Selector, static_selection, StaticLayers
+from ._selection import (
+    Cover,
+    LayerwiseSAMState,
+    static_selection,
+    StaticLayers,
+)
+from ._selectors import Selector
 
 
 _WHO = "layerwise_sam"
@@ -149,7 +155,9 @@ def layerwise_sam(
                 "tx.update(grads, opt_state, params, value_fn=loss)."
             )
             raise ValueError(
-                _checks.message(_WHO, "grad_fn", "given, or else `value_fn`", got, remedy)
+                _checks.message(
+                    _WHO, "grad_fn", "given, or else `value_fn`", got, remedy
+                )
             )
         return updates, method.advance(state, norms, value, known)
 
