@@ -153,10 +153,10 @@ def step_cost(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> loss = lambda p, x: jnp.sum(x @ p["a"] @ p["b"])
-      >>> params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+      >>> loss = lambda p, x: jnp.sum(x @ p["w1"] @ p["w2"])
+      >>> params = {"w1": jnp.ones((8, 8)), "w2": jnp.ones((8, 8))}
       >>> cost = step_cost(loss, params, jnp.ones((4, 8)))
-      >>> cost.ratio(()), cost.ratio(("b",)) < cost.ratio(("a",))
+      >>> cost.ratio(()), cost.ratio(("w2",)) < cost.ratio(("w1",))
       (1.0, True)
     """
     if layers is None:

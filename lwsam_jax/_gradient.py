@@ -89,9 +89,9 @@ def value_and_grad(
 
     Examples:
       >>> import jax.numpy as jnp, lwsam_jax as lwsam
-      >>> loss = lambda p, x: jnp.sum((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
-      >>> params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}
-      >>> grad = lwsam.value_and_grad(loss, ("b",), rho=0.1, alpha=0.8)
+      >>> loss = lambda p, x: jnp.sum((jnp.tanh(x @ p["w1"]) @ p["w2"]) ** 2)
+      >>> params = {"w1": jnp.ones((3, 2)), "w2": jnp.ones((2, 1))}
+      >>> grad = lwsam.value_and_grad(loss, ("w2",), rho=0.1, alpha=0.8)
       >>> out = grad(params, jnp.ones((1, 3)))
       >>> bool(out.perturbed_value > out.value)
       True

@@ -208,9 +208,9 @@ def selection(state: Any, cover: str | None = None) -> tuple[str, ...] | Cover:
     Examples:
       >>> import optax, jax.numpy as jnp, lwsam_jax as lwsam
       >>> tx = optax.chain(lwsam.layerwise_sam(k=1, rho=0.1, alpha=0.8), optax.sgd(0.1))
-      >>> state = tx.init({"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))})
+      >>> state = tx.init({"w1": jnp.ones((2, 2)), "w2": jnp.ones((2, 2))})
       >>> lwsam.selection(state)
-      ('b',)
+      ('w2',)
     """
     who = "lwsam.selection"
     if cover is not None:

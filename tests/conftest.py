@@ -1,0 +1,43 @@
+"""What all tests share: eight CPU devices, real data if it is there, and keys."""
+
+import itertools
+import os
+import pathlib
+import zlib
+
+
+# These must be set before JAX starts. Flags that the user set stay.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ["JAX_PLATFORMS"] = os.environ.get("LWSAM_TEST_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder of real datasets as tensorflow-datasets leaves them, or a skip."""
+    named = os.environ.get("LWSAM_DATA_DIR")
+    if named:
+        folder = pathlib.Path(named)
+        source = f"LWSAM_DATA_DIR={named}"
+    else:
+        folder = _ROOT.parent / "shared" / "data"
+        source = "LWSAM_DATA_DIR is not set, and ../shared/data beside the repository"
+    if not (folder / "tfds").is_dir():
+        pytest.skip(f"needs real data: {source} has no folder tfds/")
+    return folder / "tfds"
+
+
+@pytest.fixture
+def getkey(request):
+    """A function that returns a new PRNG key at each call, the same in each run."""
+    root = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+    counter = itertools.count()
+    return lambda: jax.random.fold_in(root, next(counter))

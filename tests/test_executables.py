@@ -1,0 +1,148 @@
+"""Which executable runs: covers, the sets that the history calls for, eviction."""
+
+import random
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lwsam_jax as lwsam
+from lwsam_jax._executables import Executables
+
+
+L = 8
+LAYERS = lwsam.Layers.of([jnp.ones((2, 2)) for _ in range(L)])
+# The price grows towards the input: reach of the deepest cut, plus weight gradients.
+WEIGHT = 0.05
+
+
+def ratio(cover):
+    depths = [LAYERS.depth[LAYERS.names.index(name)] for name in cover.names]
+    return 1.0 + ((L - min(depths)) / L * 0.6 + WEIGHT * len(depths) if depths else 0.0)
+
+
+def make(exact_sets=4, bound=None):
+    ran = []
+
+    def build(cover):
+        def step(*args):
+            ran.append(cover)
+            return args
+
+        return step
+
+    return Executables(LAYERS, ratio, build, exact_sets, bound), ran
+
+
+def mask(*indices):
+    return np.isin(np.arange(L), indices)
+
+
+def test_the_first_selection_runs_on_its_cover():
+    executables, ran = make()
+    executables.run(mask(5, 7), "state")
+    assert ran == [lwsam.Cover(LAYERS.from_depth(5))]
+
+
+def test_an_empty_selection_runs_the_plain_step():
+    executables, ran = make()
+    executables.run(mask(0), "state")
+    executables.run(mask(), "state")
+    assert ran[-1] == lwsam.Cover(())
+
+
+def test_whatever_runs_contains_the_selection():
+    executables, ran = make()
+    draw = random.Random(0)
+    for _ in range(300):
+        chosen = draw.sample(range(L), 2)
+        executables.run(mask(*chosen), "state")
+        assert {LAYERS.names[i] for i in chosen} <= set(ran[-1].names)
+
+
+def test_executables_are_bounded_by_the_covers_and_the_cap():
+    executables, _ = make(exact_sets=2)
+    draw = random.Random(1)
+    for _ in range(2000):
+        executables.run(mask(*draw.sample(range(L), 3)), "state")
+    assert len(executables.compiled) <= L + 1 + 2
+
+
+def test_a_set_that_recurs_gets_an_executable_of_its_own():
+    executables, ran = make()
+    for _ in range(100):
+        executables.run(mask(0, 7), "state")
+    assert set(ran[-1].names) == {"0", "7"}
+    assert ratio(ran[-1]) < ratio(ran[0])
+
+
+def test_without_exact_sets_only_covers_run():
+    executables, ran = make(exact_sets=0)
+    for _ in range(100):
+        executables.run(mask(0, 7), "state")
+    assert set(ran) == {lwsam.Cover(LAYERS.names)}
+
+
+def test_an_idle_set_makes_room_for_one_that_is_needed():
+    executables, ran = make(exact_sets=1)
+    for _ in range(64):
+        executables.run(mask(0, 7), "state")
+    for _ in range(600):
+        executables.run(mask(1, 6), "state")
+    assert executables.evictions == 1
+    assert set(ran[-1].names) == {"1", "6"}
+
+
+def test_no_step_runs_on_an_executable_above_the_bound():
+    bound = ratio(lwsam.Cover(LAYERS.from_depth(5))) - 1
+    executables, ran = make(bound=bound)
+    executables.run(mask(0), "state")  # not the budget's choice: compiles a dear cover
+    for chosen in [(5, 7), (6,), (7,), (6, 7)] * 50:
+        executables.run(mask(*chosen), "state")
+        assert ratio(ran[-1]) - 1 <= bound + 1e-12
+
+
+def test_a_restored_history_repeats_the_choices_of_an_unbroken_run():
+    draw = random.Random(2)
+    masks = [mask(*draw.sample(range(L), 2)) for _ in range(400)]
+    unbroken, expected = make()
+    for m in masks:
+        unbroken.run(m, "state")
+    first, _ = make()
+    for m in masks[:150]:
+        first.run(m, "state")
+    second, got = make()
+    second.restore(first.history())
+    for m in masks[150:]:
+        second.run(m, "state")
+    assert got == expected[150:]
+
+
+def test_compiling_is_counted_and_reported():
+    executables, _ = make()
+    executables.run(mask(7), "state")
+    assert executables.compile_seconds > 0
+    assert executables.evictions == 0
+
+
+def test_sets_settle_early():
+    """After the reviews at 32, 64 and 128 hardly a step waits for a compilation."""
+    executables, _ = make(exact_sets=8)
+    draw = random.Random(3)
+    waits = []
+    for step in range(400):
+        before = len(executables.compiled) + executables.evictions
+        chosen = [0] * (draw.random() < 0.5) + draw.sample(range(3, L), 3)
+        executables.run(mask(*chosen), "state")
+        if len(executables.compiled) + executables.evictions > before:
+            waits.append(step)
+    assert sum(step >= 200 for step in waits) < 4
+
+
+@pytest.mark.parametrize("exact_sets", [-1, 1.5])
+def test_a_wrong_cap_is_refused(exact_sets):
+    import optax
+
+    method = lwsam.LayerwiseSAM(k=1, rho=0.1, alpha=0.8)
+    with pytest.raises((TypeError, ValueError), match="exact_sets"):
+        lwsam.TrainStep(lambda *a: a, optax.sgd(0.1), method, exact_sets=exact_sets)
