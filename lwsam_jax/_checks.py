@@ -13,7 +13,10 @@ AUX_FROM = ("clean", "perturbed")
 
 
 def message(who: str, argument: str, expected: str, got: Any, remedy: str) -> str:
-    """Returns the one shape that all of our error messages have."""
+    """Returns the one shape that all of our error messages have.
+
+    `got` is shown as it is if it is text, so pass `repr` of a value that may be a string.
+    """
     text = got if isinstance(got, str) else repr(got)
     return f"{who}: expected `{argument}` to be {expected}, got {text}. {remedy}"
 
@@ -26,7 +29,9 @@ def is_number(x: Any) -> bool:
 def non_negative(who: str, argument: str, x: Any, remedy: str) -> None:
     """Raises unless `x` is finite and >= 0; arrays and schedules pass unread."""
     if isinstance(x, (str, bool)) or x is None:
-        raise TypeError(message(who, argument, "a number or a schedule", x, remedy))
+        raise TypeError(
+            message(who, argument, "a number or a schedule", repr(x), remedy)
+        )
     if is_number(x) and not (math.isfinite(x) and x >= 0):
         raise ValueError(message(who, argument, "finite and >= 0", x, remedy))
 
@@ -50,11 +55,13 @@ def alpha(who: str, x: Any) -> None:
 
 def count_of_layers(who: str, argument: str, k: Any) -> None:
     """Raises unless `k` may stand for a number of layers; arrays pass unread."""
-    if isinstance(k, (bool, str, float)) or (
-        is_number(k) and not isinstance(k, numbers.Integral)
+    if (
+        k is None
+        or isinstance(k, (bool, str, float))
+        or (is_number(k) and not isinstance(k, numbers.Integral))
     ):
         remedy = "Pass how many layers to perturb, e.g. k=4."
-        raise TypeError(message(who, argument, "an integer", k, remedy))
+        raise TypeError(message(who, argument, "an integer", repr(k), remedy))
     if is_number(k) and k < 0:
         remedy = "Pass how many layers to perturb; 0 is the plain base optimizer."
         raise ValueError(message(who, argument, ">= 0", k, remedy))
@@ -65,10 +72,10 @@ def choice(who: str, argument: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         expected = "one of " + ", ".join(map(repr, choices))
         remedy = f"Pass {argument}={choices[0]!r} for the default."
-        raise ValueError(message(who, argument, expected, value, remedy))
+        raise ValueError(message(who, argument, expected, repr(value), remedy))
 
 
 def is_callable(who: str, argument: str, value: Any, remedy: str) -> None:
     """Raises unless `value` can be called."""
     if not callable(value):
-        raise TypeError(message(who, argument, "callable", value, remedy))
+        raise TypeError(message(who, argument, "callable", repr(value), remedy))

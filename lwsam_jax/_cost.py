@@ -63,7 +63,7 @@ class StepCost:
             range(self._reach.inputs.shape[1]) if normalize == "full" else chosen
         )
         suffix = self._reach.run_again(chosen)
-        return 1.0 + (suffix + self._reach.backward(ascent_to)) / self.plain
+        return 1.0 + (suffix + self._reach.backward(ascent_to)) / max(self.plain, 1.0)
 
     def eq8(self, selection: tuple[str, ...] | Cover) -> float:
         r"""Returns the cost of the paper's Eq. 8 over a plain gradient, plus 1.
@@ -78,7 +78,7 @@ class StepCost:
         if not chosen:
             return 1.0
         back = self._reach.backward(chosen)
-        return 1.0 + (sum(self.forward) + back) / self.plain
+        return 1.0 + (sum(self.forward) + back) / max(self.plain, 1.0)
 
     def eq9(self, period: int) -> float:
         r"""Returns the cost of LookSAM (Eq. 9) over a plain gradient, plus 1.

@@ -37,7 +37,7 @@ class Devices:
         elif parallel is not None:
             remedy = "Pass None, 'pmap', or a jax.sharding.Mesh."
             raise ValueError(
-                _checks.message(who, "parallel", "one of these", parallel, remedy)
+                _checks.message(who, "parallel", "one of these", repr(parallel), remedy)
             )
 
     def axis_sizes(self) -> list[tuple[Any, int]]:

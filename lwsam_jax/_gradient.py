@@ -107,7 +107,7 @@ def value_and_grad(
     _checks.alpha(who, alpha)
     _checks.choice(who, "normalize", normalize, _checks.NORMALIZE)
     _checks.choice(who, "aux_from", aux_from, _checks.AUX_FROM)
-    loss_fn = _scalar_loss(loss_fn, has_aux)
+    loss_fn = scalar_loss(who, "loss_fn", loss_fn, has_aux)
 
     def penalized(params: Any, *args: Any, mask: Any = None) -> LayerwiseGrad:
         known = Layers.of(params, rule) if layers is None else layers
@@ -219,9 +219,10 @@ def _run_suffix(
     return value, others, pull(jnp.ones_like(value))[0], None
 
 
-def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+def scalar_loss(
+    who: str, argument: str, loss_fn: Callable[..., Any], has_aux: bool
+) -> Callable[..., Any]:
     """Wraps a loss so that it returns (real scalar, aux or None), or raises."""
-    who = "lwsam.value_and_grad"
 
     @functools.wraps(loss_fn)
     def wrapped(*args):
@@ -231,7 +232,7 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
             got = f"a {type(output).__name__}"
             raise TypeError(
                 _checks.message(
-                    who, "loss_fn", "a function to (scalar, aux)", got, remedy
+                    who, argument, "a function to (scalar, aux)", got, remedy
                 )
             )
         value, aux = output if has_aux else (output, None)
@@ -239,7 +240,7 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
             remedy = "Return a scalar; pass has_aux=True for (scalar, aux)."
             got = f"a {type(value).__name__}"
             raise TypeError(
-                _checks.message(who, "loss_fn", "a function to a scalar", got, remedy)
+                _checks.message(who, argument, "a function to a scalar", got, remedy)
             )
         value = jnp.asarray(value)
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -247,7 +248,7 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
             remedy = "Reduce it, for instance with jnp.mean, and take its real part."
             raise TypeError(
                 _checks.message(
-                    who, "loss_fn", "a function to a real scalar", got, remedy
+                    who, argument, "a function to a real scalar", got, remedy
                 )
             )
         return value, aux

@@ -143,9 +143,7 @@ class LayerwiseSAM:
         self.layers.flatten(_WHO, "params", params)
         return self.layers
 
-    def init(
-        self, params: Any, layers: Layers, mask: jax.Array | None = None
-    ) -> LayerwiseSAMState:
+    def init(self, params: Any, layers: Layers) -> LayerwiseSAMState:
         """Returns the state before the first step, with the first mask."""
         dtype = _tree.accumulation_dtype(*jax.tree.leaves(params))
         norms = jnp.zeros((len(layers),), dtype)
@@ -153,7 +151,7 @@ class LayerwiseSAM:
         return LayerwiseSAMState(
             step_count=step_count,
             norms=norms,
-            mask=self.choose(norms, step_count, layers) if mask is None else mask,
+            mask=self.choose(norms, step_count, layers),
             value=jnp.full((), jnp.inf, dtype),
             layers=StaticLayers(layers),
         )
@@ -169,7 +167,7 @@ class LayerwiseSAM:
         """Returns the state after a step, with the mask of the next (lines 9 and 4)."""
         norms = norms.astype(state.norms.dtype)
         step_count = optax.safe_increment(state.step_count)
-        return LayerwiseSAMState(
+        return state._replace(
             step_count=step_count,
             norms=norms,
             mask=self.choose(norms, step_count, layers) if mask is None else mask,

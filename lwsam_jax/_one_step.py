@@ -27,8 +27,6 @@ class TrainState(NamedTuple):
       method_state: `LayerwiseSAMState`: norms, and the mask of the next step.
       key: PRNG key of the run; constant, each step folds its number in.
       step: int32[], steps done.
-      pending: bool[selection_lag, L], masks of the steps after the next.
-      budget: What was spent and saved.
     """
 
     params: Any
@@ -37,8 +35,6 @@ class TrainState(NamedTuple):
     method_state: LayerwiseSAMState
     key: jax.Array
     step: jax.Array
-    pending: jax.Array
-    budget: _budget.Budget
 
 
 class StepInfo(NamedTuple):
@@ -104,11 +100,11 @@ class OneStep:
             params=params,
             model_state=model_state,
             opt_state=self._optimizer.init(params),
-            method_state=method_state._replace(mask=masks[0]),
+            method_state=method_state._replace(
+                mask=masks[0], pending=tuple(masks[1:]), budget=budget
+            ),
             key=key,
             step=jnp.zeros((), jnp.int32),
-            pending=jnp.stack(masks)[1:],
-            budget=budget,
         )
 
     def run(
@@ -135,28 +131,29 @@ class OneStep:
             out.grads, state.opt_state, state.params, value=out.value
         )
         decided, unspent = self.purse.choose(
-            out.norms, state.step + 1 + self._lag, state.budget.unspent
+            out.norms, state.step + 1 + self._lag, state.method_state.budget.unspent
         )
-        queue = jnp.concatenate([state.pending, decided[None]])
+        queue = (*state.method_state.pending, decided)
         overhead = jnp.float32(self.ratio(selection) - 1.0)
-        mean = _budget.running_mean(state.budget.mean_overhead, overhead, state.step)
+        mean = _budget.running_mean(
+            state.method_state.budget.mean_overhead, overhead, state.step
+        )
+        method_state = method.advance(
+            state.method_state, out.norms, out.value, layers, queue[0]
+        )._replace(pending=queue[1:], budget=_budget.Budget(unspent, mean))
         new_state = TrainState(
             params=optax.apply_updates(state.params, updates),
             model_state=model_state,
             opt_state=opt_state,
-            method_state=method.advance(
-                state.method_state, out.norms, out.value, layers, queue[0]
-            ),
+            method_state=method_state,
             key=state.key,
             step=optax.safe_increment(state.step),
-            pending=queue[1:],
-            budget=_budget.Budget(unspent, mean),
         )
         info = StepInfo(
             value=out.value,
             perturbed_value=out.perturbed_value,
             metrics=metrics,
-            norms=new_state.method_state.norms,
+            norms=method_state.norms,
             mask=self._perturbed(selection, state.method_state.mask),
             overhead=overhead,
             mean_overhead=mean,

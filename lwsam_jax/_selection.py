@@ -42,7 +42,9 @@ def _tuple_of_names(who: str, argument: str, names: Any) -> tuple[str, ...]:
             "Pass a tuple of layer names such as ('Dense_0',), or lwsam.Cover(...)."
         )
         raise TypeError(
-            _checks.message(who, argument, "a tuple of layer names", names, remedy)
+            _checks.message(
+                who, argument, "a tuple of layer names", repr(names), remedy
+            )
         )
     return tuple(names)
 
@@ -67,38 +69,43 @@ def static_selection(
 class StaticLayers:
     """A pytree node without leaves that carries the `Layers` through a state.
 
-    `layers=None` stands for any layers when compared: `optax.tree.map_params` builds a
-    state of placeholders, from which no layer can be known, and maps it with a real one.
+    `is_placeholder` marks one that `optax.tree.map_params` made from parameters that are
+    not there. Its structure equals that of any other, for it is mapped with a real one,
+    and takes on the layers of that: the result of the mapping has the placeholder's.
     """
 
-    def __init__(self, layers: Layers | None) -> None:
-        self.layers = layers
+    def __init__(self, layers: Layers | None, is_placeholder: bool = False) -> None:
+        self.layers, self._is_placeholder = layers, is_placeholder
 
-    def tree_flatten(self) -> tuple[tuple[()], _AnyLayers]:
-        return (), _AnyLayers(self.layers)
+    def tree_flatten(self) -> tuple[tuple[()], _Static]:
+        return (), _Static(self.layers, self._is_placeholder)
 
     @classmethod
-    def tree_unflatten(cls, aux: _AnyLayers, children: tuple[()]) -> StaticLayers:
+    def tree_unflatten(cls, static: _Static, children: tuple[()]) -> StaticLayers:
         del children
-        return cls(aux.layers)
+        return cls(static.layers, static.is_placeholder)
 
     def __repr__(self) -> str:
         return f"StaticLayers({self.layers and self.layers.names})"
 
 
-class _AnyLayers:
+class _Static:
     """Static data of `StaticLayers`, with the equality that it documents."""
 
-    def __init__(self, layers: Layers | None) -> None:
-        self.layers = layers
+    def __init__(self, layers: Layers | None, is_placeholder: bool) -> None:
+        self.layers, self.is_placeholder = layers, is_placeholder
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _AnyLayers):
+        if not isinstance(other, _Static):
             return NotImplemented
-        return None in (self.layers, other.layers) or self.layers == other.layers
+        for one, another in ((self, other), (other, self)):
+            if one.is_placeholder and one.layers is None:
+                one.layers = another.layers
+        either = self.is_placeholder or other.is_placeholder
+        return either or self.layers == other.layers
 
     def __hash__(self) -> int:
-        return hash(_AnyLayers)  # equal values need equal hashes, and None equals all
+        return hash(_Static)  # equal values need equal hashes, and some equal all
 
     def __repr__(self) -> str:
         return repr(self.layers)
@@ -113,6 +120,9 @@ class LayerwiseSAMState(NamedTuple):
       mask: bool[L], layers that the next step perturbs.
       value: f32[], clean loss of the last step that computed it, +inf at first.
       layers: Static node that holds the `Layers`.
+      pending: Only in a `TrainState`: `selection_lag` masks bool[L] of the steps after
+        the next.
+      budget: Only in a `TrainState`: what was spent and saved.
     """
 
     step_count: jax.Array
@@ -120,6 +130,8 @@ class LayerwiseSAMState(NamedTuple):
     mask: jax.Array
     value: jax.Array
     layers: StaticLayers
+    pending: tuple[jax.Array, ...] = ()
+    budget: Any = ()
 
 
 def _is_multi_steps(node: Any) -> bool:

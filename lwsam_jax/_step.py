@@ -101,7 +101,7 @@ class TrainStep:
         self._scans: dict[int, Callable[..., Any]] = {}
         self._history: dict[str, Any] | None = None
         self._due: collections.deque[Any] = collections.deque()
-        self._due_after: Any = None
+        self._latest: tuple[Any, ...] = ()
         self.axis_name = self._devices.axis_name
         self.layers: Layers | None = None
         self.cost: _cost.StepCost | None = None
@@ -168,15 +168,26 @@ class TrainStep:
         self._prepare(state, batch)
         assert self._executables is not None
         batch = self._devices.place(batch)
-        if state.step is not self._due_after:  # not the state that we returned last
-            self._due = collections.deque([state.method_state.mask, *state.pending])
+        queue = (state.method_state.mask, *state.method_state.pending)
+        if not self._is_latest(queue):
+            self._due = collections.deque(queue)
         mask = _selection.read_mask(self._due.popleft())
         if self._method.is_plain:
             mask = np.zeros_like(mask)
         state, info, decided = self._executables.run(mask, state, batch)
         self._due.append(decided)
-        self._due_after = state.step
+        self._latest = (state.method_state.mask, *state.method_state.pending)
         return state, info
+
+    def _is_latest(self, queue: tuple[Any, ...]) -> bool:
+        """Whether the masks are those of the state returned last, not of another run.
+
+        Then copies of them, made by earlier steps, can be read without waiting for the
+        last one.
+        """
+        if len(queue) != len(self._latest):
+            return False
+        return all(a is b for a, b in zip(queue, self._latest, strict=True))
 
     def scan(
         self, state: TrainState, batches: Any, covers: int | None = None
@@ -330,15 +341,17 @@ def _check_arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:
 def _check_loss(loss_fn: LossFn, args: tuple[Any, ...], axes: Any) -> None:
     """Raises unless the loss returns (loss, (model state as it came, metrics))."""
     _, output = jax.make_jaxpr(loss_fn, axis_env=axes, return_shape=True)(*args)
-    try:
-        _, (model_state, _) = output
-    except (TypeError, ValueError):
+    is_pair = lambda x: isinstance(x, tuple) and len(x) == 2
+    if not (is_pair(output) and is_pair(output[1])):
         remedy = "Return loss, (model_state, metrics); {} where there is nothing."
         expected = "a function to (loss, (model_state, metrics))"
         got = str(jax.tree.structure(output))
-        raise TypeError(
-            _checks.message(_WHO, "loss_fn", expected, got, remedy)
-        ) from None
+        raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
+    value, (model_state, _) = output
+    if getattr(value, "shape", None) != ():
+        remedy = "Reduce the loss, for instance with jnp.mean."
+        expected, got = "a function to a scalar loss", f"one to {value}"
+        raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
     kind = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
     if kind(model_state) != kind(args[1]):
         remedy = "Return the model state with the structure, shapes and dtypes it has."

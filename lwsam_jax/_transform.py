@@ -128,6 +128,18 @@ def layerwise_sam(
             raise ValueError(_checks.message(_WHO, "params", "given", None, remedy))
         known = method.layers_of(params)
         known.flatten(_WHO, "updates", updates)
+        _check_shapes("updates", updates, params)
+        for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
+            if function is not None:
+                remedy = (
+                    "Pass a function of the parameters alone, such as jax.grad(loss)."
+                )
+                _checks.is_callable(_WHO, name, function, remedy)
+        if value_fn is not None:
+            loss = value_fn
+            value_fn = _gradient.scalar_loss(
+                _WHO, "value_fn", lambda p: _first(loss(p)), has_aux=False
+            )
         mask = None
         if method.is_plain:
             selection = ()
@@ -165,14 +177,26 @@ def layerwise_sam(
 
 
 def _placeholder_state() -> LayerwiseSAMState:
-    scalar = jnp.zeros(())
     return LayerwiseSAMState(
         step_count=jnp.zeros((), jnp.int32),
         norms=jnp.zeros((0,)),
         mask=jnp.zeros((0,), bool),
-        value=scalar,
-        layers=StaticLayers(None),
+        value=jnp.zeros(()),
+        layers=StaticLayers(None, is_placeholder=True),
     )
+
+
+def _check_shapes(argument: str, grads: Any, params: Any) -> None:
+    """Raises unless each gradient has the shape of its parameter."""
+    named = jax.tree_util.tree_leaves_with_path(params)
+    for (path, w), g in zip(named, jax.tree.leaves(grads), strict=True):
+        if jnp.shape(w) != jnp.shape(g):
+            where = jax.tree_util.keystr(path)
+            expected = f"of shape {jnp.shape(w)} at {where}, as `params`"
+            remedy = "Pass the gradients of these parameters."
+            raise ValueError(
+                _checks.message(_WHO, argument, expected, str(jnp.shape(g)), remedy)
+            )
 
 
 def _clean_value(
@@ -183,7 +207,7 @@ def _clean_value(
 ) -> jax.Array:
     if value_fn is None:
         return state.value
-    value = _first(value_fn(params))
+    value, _ = value_fn(params)
     return value if axis_name is None else jax.lax.pmean(value, axis_name)
 
 
@@ -201,7 +225,7 @@ def _from_value_fn(
     mask: jax.Array | None,
 ) -> tuple[Any, jax.Array, jax.Array]:
     out = _gradient.value_and_grad(
-        lambda p: _first(value_fn(p)),
+        lambda p: value_fn(p)[0],
         selection,
         rho=method.rho_at(state.step_count),
         alpha=method.alpha_at(state.step_count),
@@ -236,6 +260,7 @@ def _from_grad_fn(
         point[i] = leaf
     perturbed = _call(grad_fn, jax.tree.unflatten(treedef, point))
     descent = layers.flatten(_WHO, "grad_fn", perturbed)
+    _check_shapes("grad_fn", perturbed, params)
     alpha = method.alpha_at(state.step_count)
     combined = _perturbation.combine(
         ascent, [descent[i] for i in selected], alpha, active
