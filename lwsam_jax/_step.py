@@ -170,7 +170,8 @@ class TrainStep:
         batch = self._devices.place(batch)
         queue = (state.method_state.mask, *state.method_state.pending)
         if not self._is_latest(queue):
-            self._due = collections.deque(queue)
+            # Read now: the step to come donates them.
+            self._due = collections.deque(map(_selection.read_mask, queue))
         mask = _selection.read_mask(self._due.popleft())
         if self._method.is_plain:
             mask = np.zeros_like(mask)
