@@ -1,0 +1,1 @@
+"""Benchmarks of `lwsam_jax` on real data; the command is `lwsam-bench`."""

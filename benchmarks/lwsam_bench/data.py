@@ -1,0 +1,298 @@
+"""Images and labels, decoded once into one uint8 array.
+
+`digits` comes with scikit-learn. The other datasets are read with
+`tfds.data_source`, which needs no TensorFlow, from a folder that tensorflow-datasets
+prepared. A path that ends in `.npz` is read as a file of arrays. Nothing is downloaded
+and nothing is written.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shlex
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lwsam_bench._errors import UserError
+from lwsam_bench.config import DATASETS
+
+
+DIGITS_TRAIN_SIZE = 1_000
+_DIGITS_SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
+
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+_SPLITS = ("train", "test")
+_JPEG = b"\xff\xd8\xff"  # the first bytes of such a file
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images uint8[N, H, W, C] and their labels int32[N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A training and a test split, with where they come from."""
+
+    name: str
+    version: str
+    num_classes: int
+    train: Split
+    test: Split
+    note: str = ""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and number of channels of an image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def fingerprint(self) -> str:
+        """Return a digest of the training images and labels, as 16 hex digits."""
+        digest = hashlib.sha256(self.train.images.tobytes())
+        digest.update(self.train.labels.tobytes())
+        return digest.hexdigest()[:16]
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation f32[C] of the training pixels / 255.
+
+        They are sums of integers, hence exact and the same in whatever order.
+        """
+        pixels = self.train.images.reshape(-1, self.train.images.shape[-1])
+        values = np.arange(256) / 255.0
+        mean, std = [], []
+        for channel in range(pixels.shape[1]):
+            weight = np.bincount(pixels[:, channel], minlength=256) / len(pixels)
+            mean.append(np.sum(weight * values))
+            std.append(np.sqrt(np.sum(weight * (values - mean[-1]) ** 2)))
+        return np.asarray(mean, np.float32), np.maximum(
+            np.asarray(std, np.float32), 1e-3
+        )
+
+
+def load(
+    name: str,
+    data_dir: str | None = None,
+    on_record: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Read a dataset.
+
+    Args:
+      name: One of `config.DATASETS`, or the path of an `.npz` file with the arrays
+        `x_train` and `x_test`, uint8[N, H, W] or uint8[N, H, W, C], and the integer
+        labels `y_train` and `y_test`, [N].
+      data_dir: The folder of tensorflow-datasets; see `default_data_dir`.
+      on_record: Called now and then with the records decoded so far and their number.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      UserError: If it is not known, not there, or cannot be read.
+    """
+    if name == "digits":
+        return _load_digits()
+    if name.endswith(".npz"):
+        return _load_npz(name)
+    if name in DATASETS:
+        return _load_tfds(name, data_dir or default_data_dir(), on_record)
+    raise UserError(
+        f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, or the path"
+        " of an .npz file"
+    )
+
+
+def default_data_dir() -> str:
+    """Return `TFDS_DATA_DIR`, or tensorflow-datasets' own default folder."""
+    named = os.environ.get("TFDS_DATA_DIR")
+    return os.path.expanduser(named or os.path.join("~", "tensorflow_datasets"))
+
+
+def corrupt_labels(
+    labels: np.ndarray, fraction: float, num_classes: int, seed: int
+) -> np.ndarray:
+    """Return int32[N] with a random `fraction` of the labels drawn anew.
+
+    A new label is uniform over all classes, so it is the old one in 1 of `num_classes`
+    cases.
+    """
+    rng = np.random.default_rng([seed, 0x1ABE1])
+    noisy = labels.copy()
+    chosen = rng.permutation(len(labels))[: round(fraction * len(labels))]
+    noisy[chosen] = rng.integers(0, num_classes, len(chosen), dtype=labels.dtype)
+    return noisy
+
+
+def _load_digits() -> Dataset:
+    import sklearn
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    # The pixels count to 16; 255/16 of it uses the range of a byte.
+    images = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)[..., None]
+    labels = digits.target.astype(np.int32)
+    order = np.random.default_rng(_DIGITS_SPLIT_SEED).permutation(len(labels))
+    train, test = order[:DIGITS_TRAIN_SIZE], order[DIGITS_TRAIN_SIZE:]
+    return Dataset(
+        name="digits",
+        version=f"scikit-learn {sklearn.__version__}",
+        num_classes=10,
+        train=Split(images[train], labels[train]),
+        test=Split(images[test], labels[test]),
+    )
+
+
+def _load_npz(name: str) -> Dataset:
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"no such file: {name}")
+    try:
+        # NumPy leaves a file open that it cannot read, hence the first `with`.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            missing = [key for key in NPZ_KEYS if key not in arrays]
+            if missing:
+                raise UserError(
+                    f"{name} has no array {', '.join(missing)}: expected"
+                    f" {', '.join(NPZ_KEYS)}, found {', '.join(arrays) or 'nothing'}"
+                )
+            x_train, y_train, x_test, y_test = (arrays[key] for key in NPZ_KEYS)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{name} cannot be read as an .npz file: {error}") from error
+    train = _checked_split(name, "train", x_train, y_train)
+    test = _checked_split(name, "test", x_test, y_test)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"{name}: the images of x_train have shape {train.images.shape[1:]}, those"
+            f" of x_test {test.images.shape[1:]}; expected one shape"
+        )
+    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    return Dataset(path.name, "file", num_classes, train, test)
+
+
+def _checked_split(
+    name: str, split: str, images: np.ndarray, labels: np.ndarray
+) -> Split:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        raise UserError(
+            f"{name}: expected x_{split} to be uint8[N, H, W] or uint8[N, H, W, C],"
+            f" got {images.dtype}{list(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{name}: expected y_{split} to be {len(images)} integers,"
+            f" got {labels.dtype}{list(labels.shape)}"
+        )
+    if labels.min() < 0:
+        raise UserError(
+            f"{name}: y_{split} holds the label {labels.min()}; expected >= 0"
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    return Split(images, labels.astype(np.int32))
+
+
+def _load_tfds(
+    name: str, data_dir: str, on_record: Callable[[int, int], None] | None
+) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder: Any = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():
+            raise UserError(_not_there(name, data_dir))
+        total = sum(builder.info.splits[split].num_examples for split in _SPLITS)
+        done = 0
+        # Without download=False it would start a download of its own accord; and it
+        # finds Parquet only if the folder is passed, not in the environment.
+        sources: list[Any] = [
+            tfds.data_source(name, split=split, data_dir=data_dir, download=False)
+            for split in _SPLITS
+        ]
+        for split, source in zip(_SPLITS, sources, strict=True):
+            expected = builder.info.splits[split].num_examples
+            if len(source) != expected:
+                raise UserError(
+                    f"{name} in {data_dir} is damaged: the split {split} has"
+                    f" {len(source)} records, its description says {expected}"
+                )
+        splits = []
+        for source in sources:
+            splits.append(_decode(source, done, total, on_record))
+            done += len(source)
+    except UserError:
+        raise
+    except NotImplementedError as error:  # prepared as TFRecord
+        raise UserError(_not_there(name, data_dir, "in a random-access format")) from (
+            error
+        )
+    except Exception as error:  # every reader and decoder has its own kinds
+        raise UserError(f"{name} in {data_dir} cannot be read: {error}") from error
+    return Dataset(
+        name=name,
+        version=str(builder.version),
+        num_classes=builder.info.features["label"].num_classes,
+        train=splits[0],
+        test=splits[1],
+        note=_encoding_note(name, data_dir),
+    )
+
+
+def _decode(
+    source: Any, done: int, total: int, on_record: Callable[[int, int], None] | None
+) -> Split:
+    first = source[0]["image"]
+    images = np.empty((len(source), *first.shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    for i in range(len(source)):
+        record = source[i]
+        images[i], labels[i] = record["image"], record["label"]
+        if on_record is not None and i % 1_000 == 0:
+            on_record(done + i, total)
+    return Split(images, labels)
+
+
+def _encoding_note(name: str, data_dir: str) -> str:
+    """Say so if the pixels are not the original ones."""
+    import tensorflow_datasets as tfds
+
+    source: Any = tfds.data_source(
+        name,
+        split="test",
+        data_dir=data_dir,
+        download=False,
+        decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    if not bytes(source[0]["image"]).startswith(_JPEG):
+        return ""
+    return (
+        "The images of this copy are JPEG, a lossy encoding: the results cannot be"
+        " compared digit for digit with published ones."
+    )
+
+
+def _not_there(name: str, data_dir: str, form: str = "") -> str:
+    prepare = (
+        f'import tensorflow_datasets as tfds; tfds.builder("{name}",'
+        f' data_dir={json.dumps(str(data_dir))}, file_format="array_record")'
+        ".download_and_prepare()"
+    )
+    return (
+        f"{name} is not in {data_dir}{form and ' '}{form}. Fetch it once, in any Python"
+        " environment that has TensorFlow (only preparing needs it):\n"
+        "  pip install tensorflow-cpu tensorflow-datasets importlib_resources\n"
+        f"  python -c {shlex.quote(prepare)}\n"
+        "or name another folder with --data-dir, or a local .npz file with --dataset"
+    )

@@ -1,0 +1,289 @@
+"""The command `train`: a training run that can be stopped at any moment.
+
+The state of a train step and the number of steps done decide all that follows: batches
+are pure functions of the seed and the step. So a run that goes on from a checkpoint
+repeats, bit for bit, what an unbroken run does.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import signal
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lwsam_bench import data, models
+from lwsam_bench._errors import UserError
+from lwsam_bench.augment import Batches
+from lwsam_bench.checkpoint import Checkpoints
+from lwsam_bench.config import differences, RunOptions, TrainConfig
+from lwsam_bench.metrics import MetricsFile, output_folder, Row, write_json
+from lwsam_bench.progress import name_layers, Rate, reading, TrainProgress
+from lwsam_bench.provenance import provenance
+from lwsam_bench.training import Evaluator, make_step, Network
+
+
+CHECKPOINTS_IN_A_RUN = 10  # unless the user says how many steps lie between two
+
+
+def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
+    """Train, evaluate, and leave config, metrics and checkpoints in `options.out`.
+
+    Returns:
+      0, or 130 or 143 if SIGINT or SIGTERM ended the run.
+    """
+    out = output_folder(options.out)
+    folder = out / "checkpoints"
+    if not options.resume:
+        _start_over(out)
+    before = _check_same_run(out, config)
+    with reading(console, config.dataset) as on_record:
+        dataset = data.load(config.dataset, options.data_dir, on_record)
+    if config.batch_size > len(dataset.train):
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the"
+            f" {len(dataset.train)} training images of {config.dataset}"
+        )
+    checkpoints = Checkpoints(folder)
+    try:
+        run = _Run(config, options, dataset, checkpoints, out, console, before)
+        return run.to_the_end()
+    finally:
+        checkpoints.close()
+
+
+class _Run:
+    """One call of `train`: everything that is made before the first step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        options: RunOptions,
+        dataset: data.Dataset,
+        checkpoints: Checkpoints,
+        out: pathlib.Path,
+        console: Console,
+        before: dict[str, Any] | None,
+    ):
+        self.config, self.options, self.out = config, options, out
+        self.checkpoints, self.console = checkpoints, console
+        mean, std = dataset.statistics()
+        self.batches = Batches(
+            dataset.train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            mean=mean,
+            std=std,
+            augment=config.augment,
+        )
+        self.total = config.total_steps(self.batches.steps_per_epoch)
+        network = Network.of(
+            models.build(
+                config.model,
+                image_shape=dataset.image_shape,
+                num_classes=dataset.num_classes,
+                seed=config.seed,
+            )
+        )
+        self.evaluate = Evaluator(network, dataset.test, mean=mean, std=std)
+        self.step_fn, self.learning_rate = make_step(config, network, self.total)
+        try:
+            self.state = self.step_fn.init(
+                network.params,
+                network.model_state,
+                self.batches(0),
+                key=jax.random.key(config.seed),
+            )
+        except ValueError as error:  # more layers wanted than there are
+            raise UserError(str(error)) from error
+        self.identity = {
+            **dataclasses.asdict(config),
+            "data_sha256": dataset.fingerprint(),
+        }
+        self.done = checkpoints.latest() or 0
+        if self.done:
+            self.state, position = checkpoints.restore(self.done, self.state)
+            _refuse_other_run(out, position.get("identity", {}), self.identity)
+            # It decides which executables run; they differ in how they round.
+            self.step_fn.restore_history(position["history"])
+        self.checkpoint_every = options.checkpoint_every or min(
+            self.batches.steps_per_epoch, -(-self.total // CHECKPOINTS_IN_A_RUN)
+        )
+        self.record = before or {
+            "config": dataclasses.asdict(config),
+            "data": {
+                "name": dataset.name,
+                "version": dataset.version,
+                "note": dataset.note,
+                "train_images": len(dataset.train),
+                "test_images": len(dataset.test),
+            },
+            "parameters": sum(x.size for x in jax.tree.leaves(network.params)),
+            "total_steps": self.total,
+            "provenance": [],
+        }
+        if dataset.note:
+            console.print(dataset.note, highlight=False, soft_wrap=True)
+
+    def to_the_end(self) -> int:
+        """Run the steps that are left; return the exit code."""
+        if self.done >= self.total:
+            self.console.print(f"{self.out} holds this run already, finished.")
+            return 0
+        # A run that is resumed may go on with other code or versions: say so.
+        self.record["provenance"].append({"from_step": self.done, **provenance()})
+        write_json(self.out / "config.json", self.record)
+        if self.done:
+            self.console.print(f"going on from step {self.done} of {self.total}")
+        path = self.out / "metrics.jsonl"
+        with (
+            MetricsFile(path, self.done or None) as metrics,
+            _Stop() as stop,
+            TrainProgress(self.console, self.total, self.done) as progress,
+        ):
+            self._steps(metrics, stop, progress)
+        if stop.signal and self.done < self.total:
+            self.console.print(
+                f"stopped at step {self.done} of {self.total}; the same command goes on"
+                f" from here",
+                soft_wrap=True,
+            )
+            return 128 + stop.signal
+        return 0
+
+    def _steps(
+        self, metrics: MetricsFile, stop: "_Stop", progress: TrainProgress
+    ) -> None:
+        rate, first = Rate(), self.done
+        started = time.perf_counter()
+        while self.done < self.total and not stop.signal:
+            self.state, info = self.step_fn(self.state, self.batches(self.done))
+            self.done += 1
+            last = self.done == self.total
+            if self.done % self.options.log_every == 0 or last:
+                row = self._train_row(info, time.perf_counter() - started)
+                metrics.write(row)
+                speed = rate((self.done - first) * self.config.batch_size)
+                progress.step(self.done, _in_short(row, speed, len(info.mask)))
+            else:
+                progress.step(self.done)
+            if self.done % self.batches.steps_per_epoch == 0 or last:
+                row = self._test_row()
+                metrics.write(row)
+                progress.say(
+                    f"step {self.done}: test accuracy {row['accuracy']:.2%},"
+                    f" test loss {row['loss']:.4f}"
+                )
+            if self.done % self.checkpoint_every == 0 or last:
+                self._checkpoint(metrics)
+        self._checkpoint(metrics)  # of a run that was stopped
+
+    def _checkpoint(self, metrics: MetricsFile) -> None:
+        # First the rows: a checkpoint promises that those before it are there.
+        metrics.sync()
+        position = {"identity": self.identity, "history": self.step_fn.history()}
+        self.checkpoints.save(self.done, self.state, position)
+
+    def _train_row(self, info: Any, seconds: float) -> Row:
+        host = jax.device_get(info)
+        layers = self.step_fn.layers
+        assert layers is not None  # the step has run
+        names = layers.names
+        return {
+            "kind": "train",
+            "step": self.done,
+            "epoch": self.done / self.batches.steps_per_epoch,
+            "loss": float(host.value),
+            "perturbed_loss": float(host.perturbed_value),
+            "accuracy": float(host.metrics["accuracy"]),
+            "lr": float(self.learning_rate(self.done - 1)),
+            "overhead": float(host.overhead),
+            "finite": bool(host.finite),
+            "perturbed": [n for n, on in zip(names, host.mask, strict=True) if on],
+            "norms": dict(zip(names, map(float, host.norms), strict=True)),
+            "seconds": round(seconds, 3),
+        }
+
+    def _test_row(self) -> Row:
+        result = self.evaluate(self.state.params, self.state.model_state)
+        epoch = self.done / self.batches.steps_per_epoch
+        return {"kind": "test", "step": self.done, "epoch": epoch, **result}
+
+
+class _Stop:
+    """Notes the first SIGINT or SIGTERM, so that the step under way can end.
+
+    The second one acts as it always does.
+    """
+
+    def __enter__(self) -> "_Stop":
+        self.signal = 0
+        self._old = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _check_same_run(out: pathlib.Path, config: TrainConfig) -> dict[str, Any] | None:
+    """Return the record of the run in a folder, if there is one; refuse another run."""
+    path = out / "config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        old = record["config"]
+        record["provenance"] = list(record["provenance"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Use another --out, or --no-resume to"
+            " start over"
+        ) from error
+    _refuse_other_run(out, old, dataclasses.asdict(config))
+    return record
+
+
+def _refuse_other_run(
+    out: pathlib.Path, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    changes = differences(old, new)
+    if changes:
+        raise UserError(
+            f"{out} holds a run with another configuration ({'; '.join(changes)}). Use"
+            " another --out, or --no-resume to replace that run"
+        )
+
+
+def _start_over(out: pathlib.Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    try:
+        # First the configuration: without it the rest belongs to no run.
+        for name in ("config.json", "metrics.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        if (out / "checkpoints").exists():
+            shutil.rmtree(out / "checkpoints")
+    except OSError as error:
+        raise UserError(f"cannot replace the run in {out}: {error}") from error
+
+
+def _in_short(row: Row, images_per_second: float, layers: int) -> str:
+    return (
+        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}"
+        f"  {images_per_second:,.0f} images/s"
+        f"  perturbed: {name_layers(row['perturbed'], layers)}"
+    )

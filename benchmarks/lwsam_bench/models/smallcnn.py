@@ -1,0 +1,39 @@
+"""A residual network of ten layers for images of 8 x 8 pixels and up."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from lwsam_bench.models.init import he_normal
+from lwsam_bench.models.resnet20 import batch_norm, conv3x3, ResidualBlock
+
+
+# Channels and stride of each residual block.
+BLOCKS = ((8, 1), (8, 1), (16, 2), (16, 1))
+
+
+class SmallCNN(nnx.Module):
+    """A convolution, four residual blocks of two convolutions, mean, dense layer.
+
+    Args:
+      channels: Of the input images.
+      num_classes: Number of outputs.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, rngs: nnx.Rngs):
+        inputs = BLOCKS[0][0]
+        self.stem_conv = conv3x3(channels, inputs, 1, rngs)
+        self.stem_bn = batch_norm(inputs, rngs)
+        for index, (outputs, stride) in enumerate(BLOCKS):
+            block = ResidualBlock(inputs, outputs, stride, rngs=rngs)
+            setattr(self, f"block{index + 1}", block)
+            inputs = outputs
+        self.dense = nnx.Linear(inputs, num_classes, kernel_init=he_normal, rngs=rngs)
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Map images f32[B, H, W, C] to logits f32[B, K]."""
+        x = nnx.relu(self.stem_bn(self.stem_conv(x), use_running_average=not train))
+        for index in range(len(BLOCKS)):
+            x = getattr(self, f"block{index + 1}")(x, train=train)
+        return self.dense(jnp.mean(x, axis=(1, 2)))

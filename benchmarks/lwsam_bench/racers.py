@@ -1,0 +1,233 @@
+"""The methods that `speed` compares, each as its user would write its training step."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import lwsam_jax as lwsam
+from lwsam_bench import baselines
+from lwsam_bench.workloads import Workload
+
+
+SAM_RHO = 0.05  # Foret et al. (2021) for CIFAR-10
+PAPER_K, PAPER_RHO, PAPER_ALPHA = 4, 0.1, 0.8  # Lee (2024) for CIFAR-10
+
+SGD = "SGD"
+OPTAX_SAM = "optax.contrib.sam"
+PAPER = f"layer-wise SAM, top {PAPER_K}"
+
+
+class Program(NamedTuple):
+    """An executable of a method.
+
+    Attributes:
+      model: Its FLOPs over a plain gradient, by the cost model.
+      steps: How many steps it ran.
+      lower: Returns its `jax.stages.Lowered`.
+    """
+
+    model: float
+    steps: int
+    lower: Callable[[], Any]
+
+
+class Racer:
+    """A method under training; a subclass says how a step runs.
+
+    Attributes:
+      label: Its name in the table.
+      ratios: FLOPs of each step over a plain gradient, by the cost model.
+      compile_seconds: Spent in calls that had to compile.
+    """
+
+    label: str
+    ratios: list[float]
+    compile_seconds: float
+
+    def start(self, workload: Workload) -> None:
+        """Make the state before the first step."""
+        raise NotImplementedError
+
+    def step(self, batch: Any) -> Any:
+        """Run a step and return, without waiting for it, what to wait for."""
+        raise NotImplementedError
+
+    def note(self) -> None:
+        """Read what the steps since the last call report, outside the measured time."""
+        raise NotImplementedError
+
+    def programs(self, batch: Any) -> Iterable[Program]:
+        """Yield the executables that ran."""
+        raise NotImplementedError
+
+    def host_seconds(self, batch: Any, steps: int) -> list[float]:
+        """Run more steps; return the time of each beyond that of its executable."""
+        del batch, steps
+        return []
+
+
+class PlainRacer(Racer):
+    """A step of one executable.
+
+    Args:
+      label: Its name in the table.
+      make: One of `baselines`.
+      gradients: FLOPs of a step over a plain gradient.
+    """
+
+    def __init__(
+        self, label: str, make: Callable[[Workload], baselines.Made], gradients: float
+    ):
+        self.label, self._make, self._gradients = label, make, gradients
+
+    def start(self, workload: Workload) -> None:
+        """Make the state: parameters, model state, optimizer state."""
+        self._step, init = self._make(workload)
+        params, model_state = _copy((workload.params, workload.model_state))
+        self._state = (params, model_state, init(params))
+        self.ratios, self.compile_seconds, self._done = [], 0.0, 0
+
+    def step(self, batch: Any) -> Any:
+        """Run a step."""
+        began = time.perf_counter()
+        self._state = self._step(self._state, batch)
+        if not self._done:
+            self.compile_seconds = time.perf_counter() - began
+        self._done += 1
+        return self._state
+
+    def note(self) -> None:
+        """Count the steps: they all cost the same."""
+        self.ratios = [self._gradients] * self._done
+
+    def programs(self, batch: Any) -> Iterable[Program]:
+        """Yield the only one."""
+        lower = lambda: self._step.lower(self._state, batch)
+        yield Program(self._gradients, len(self.ratios), lower)
+
+
+class TrainStepRacer(Racer):
+    """A method of this project, by `lwsam.TrainStep`.
+
+    Args:
+      label: Its name in the table.
+      method: What it is.
+    """
+
+    def __init__(self, label: str, method: lwsam.LayerwiseSAM):
+        self.label, self._method = label, method
+
+    def start(self, workload: Workload) -> None:
+        """Make step and state."""
+        self.train_step = lwsam.TrainStep(
+            workload.loss_fn, workload.optimizer, self._method
+        )
+        params, model_state, batch, key = workload.args()
+        self._state = self.train_step.init(params, model_state, batch, key=key)
+        self._covers: dict[lwsam.Cover, None] = {}
+        self._unread: list[Any] = []
+        self.ratios = []
+
+    @property
+    def compile_seconds(self) -> float:
+        """As the train step counts them."""
+        return self.train_step.compile_seconds
+
+    def step(self, batch: Any) -> Any:
+        """Run a step."""
+        self._state, info = self.train_step(self._state, batch)
+        self._unread.append(info.overhead)
+        return self._state, info
+
+    def note(self) -> None:
+        """Read what the steps cost; remember executables that may be evicted."""
+        self.ratios += [1.0 + float(x) for x in self._unread]
+        self._unread = []
+        self._covers.update(dict.fromkeys(self.train_step.executables))
+
+    def programs(self, batch: Any) -> Iterable[Program]:
+        """Yield those that ran, evicted ones too."""
+        assert self.train_step.cost is not None
+        ratios = np.asarray(self.ratios)
+        for cover in self._covers:
+            model = self.train_step.cost.ratio(cover, self._method.normalize)
+            # The step reports in float32. Sets of equal price share their steps.
+            steps = int(np.sum(np.abs(ratios - model) < 1e-6))
+            lower = lambda cover=cover: self.train_step.lower(self._state, batch, cover)
+            yield Program(model, steps, lower)
+
+    def host_seconds(self, batch: Any, steps: int) -> list[float]:
+        """Run more steps; return the time of each beyond that of its executable.
+
+        That is reading the mask, choosing the executable, and whatever else the call
+        does on an idle device. Dispatching the executable, as every jitted function
+        needs, is not in it: the clock stops from the call of the executable until its
+        results are there.
+        """
+        inside = 0.0
+
+        def timed(executable: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                nonlocal inside
+                began = time.perf_counter()
+                result = jax.block_until_ready(executable(*args))
+                inside += time.perf_counter() - began
+                return result
+
+            return call
+
+        # Past the library's surface: only there its own time can be told from the rest.
+        executables = self.train_step._executables
+        assert executables is not None
+        kept = dict(executables._steps)
+        for choice, executable in kept.items():
+            executables._steps[choice] = timed(executable)
+        found = []
+        for _ in range(steps):
+            inside, compiling = 0.0, self.compile_seconds
+            began = time.perf_counter()
+            self._state, _ = self.train_step(self._state, batch)
+            took = time.perf_counter() - began
+            if self.compile_seconds == compiling:
+                found.append(took - inside)
+        executables._steps.update(kept)
+        return found
+
+
+def everyone() -> list[Racer]:
+    """Return the rows of the table; the first is what the others are compared with."""
+    sam = {
+        "select": lwsam.everything(),
+        "rule": lwsam.leaves,
+        "rho": SAM_RHO,
+        "alpha": 1.0,
+        "normalize": "selected",
+    }
+    paper = {"k": PAPER_K, "rho": PAPER_RHO, "alpha": PAPER_ALPHA}
+    own = lambda label, **arguments: TrainStepRacer(
+        label, lwsam.LayerwiseSAM(**arguments)
+    )
+    return [
+        PlainRacer(SGD, baselines.sgd, 1.0),
+        PlainRacer(OPTAX_SAM, baselines.optax_sam(SAM_RHO), 2.0),
+        PlainRacer(
+            "generalised SAM, two gradients",
+            baselines.two_gradients(PAPER_RHO, PAPER_ALPHA),
+            2.0,
+        ),
+        *(own(f"SAM every {n} steps", **sam, when=lwsam.every(n)) for n in (2, 5)),
+        own(PAPER, **paper),
+        *(own(budget(b), **paper, max_overhead=b) for b in (0.05, 0.10, 0.25)),
+    ]
+
+
+def budget(max_overhead: float) -> str:
+    """Return the label of layer-wise SAM within a bound for every step."""
+    return f"{PAPER}, max_overhead {max_overhead:.2f}"
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.copy(), tree)

@@ -1,0 +1,166 @@
+"""The command `speed`: the price of each method, measured against SGD in one process."""
+
+import dataclasses
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lwsam_bench import speed_report, workloads
+from lwsam_bench.metrics import MetricsFile, output_folder, Row, write_text
+from lwsam_bench.provenance import provenance
+from lwsam_bench.racers import budget, everyone, OPTAX_SAM, PAPER, SGD, TrainStepRacer
+from lwsam_bench.speed_race import fresh_cache, inspect, Lane, race, timing
+from lwsam_bench.workloads import Workload
+
+
+MODELS = ("resnet20", "wrn16-2", "vit-s", "gpt")
+HOST_STEPS = 20  # run after the race to measure what the host does
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """Everything that decides what is measured."""
+
+    models: tuple[str, ...] = MODELS
+    steps: int = 200
+    batch_size: int | None = None  # None: that of each model
+    burst: int | None = None  # None: 1 on a CPU, 10 on faster devices
+    only: Mapping[str, int] | None = None  # methods with their steps; None: all
+    check: bool = False
+    seed: int = 0
+
+
+SMOKE = SpeedConfig(models=("smallcnn",), steps=6, batch_size=8)
+# The check needs fewer rows, and of the paper's rule more steps.
+CHECK = SpeedConfig(
+    models=("resnet20",),
+    batch_size=128,
+    only={SGD: 400, OPTAX_SAM: 200, budget(0.10): 200, PAPER: 400},
+    check=True,
+)
+
+
+def run(config: SpeedConfig, data_dir: str | None, out: str, console: Console) -> int:
+    """Measure, and leave rows, tables and charts in `out`.
+
+    Returns:
+      0, or 1 if the check was asked for and a limit is broken.
+    """
+    folder = output_folder(out)
+    origin = provenance()
+    holds = True
+    tables = []
+    with MetricsFile(folder / "speed.jsonl") as file, fresh_cache():
+        for name in config.models:
+            workload = workloads.make(
+                name, batch_size=config.batch_size, data_dir=data_dir, seed=config.seed
+            )
+            rows = measure(workload, config, console)
+            for row in rows:
+                file.write({"kind": "speed", "model": name, **row, "origin": origin})
+            tables.append(speed_report.table(workload, rows, origin))
+            console.print(tables[-1], soft_wrap=True, highlight=False, markup=False)
+            speed_report.plot(folder / f"speed-{name}.png", workload.title, rows)
+            if config.check:
+                for figure in speed_report.figures(rows):
+                    console.print(figure.line(), soft_wrap=True, highlight=False)
+                    holds = holds and figure.holds
+    write_text(folder / "speed-table.md", "\n".join(tables))
+    console.print(f"rows, tables and charts are in {folder}/", soft_wrap=True)
+    return 0 if holds else 1
+
+
+def measure(workload: Workload, config: SpeedConfig, console: Console) -> list[Row]:
+    """Train all methods on a workload; return a row for each."""
+    lanes = [
+        Lane(racer, config.steps if config.only is None else config.only[racer.label])
+        for racer in everyone()
+        if config.only is None or racer.label in config.only
+    ]
+    burst = config.burst or (1 if jax.default_backend() == "cpu" else 10)
+    last = max(lane.steps for lane in lanes)
+    with console.status(workload.title) as status, warnings.catch_warnings():
+        # A budget below the price of any layer: the row says that its steps are plain.
+        warnings.filterwarnings("ignore", message=".*below the price of any layer.*")
+        for lane in lanes:
+            lane.racer.start(workload)
+        race(
+            lanes,
+            workload.batches,
+            burst,
+            lambda done: status.update(f"{workload.title}: step {done} of {last}"),
+        )
+        status.update(f"{workload.title}: reading the executables")
+        base: tuple[float, int] | None = None
+        rows = []
+        for lane in lanes:
+            batch = workload.batches(0)
+            found = list(inspect(lane.racer, batch))
+            host = lane.racer.host_seconds(batch, HOST_STEPS)
+            if base is None:  # the first is SGD, of one executable
+                base = found[0].flops, found[0].memory
+            row = _row(workload, lane, lanes[0], found, *base)
+            host_us = 1e6 * statistics.median(host) if host else None
+            rows.append({**row, "burst": burst, "host_us": host_us})
+    return rows
+
+
+def _row(
+    workload: Workload,
+    lane: Lane,
+    first: Lane,
+    found: Sequence[Any],
+    base_flops: float,
+    base_memory: int,
+) -> Row:
+    took = timing(lane, first)
+    racer = lane.racer
+    programs = [
+        {
+            "model": program.model,
+            "xla": program.flops / base_flops,
+            "memory": program.memory / base_memory,
+            "steps": program.steps,
+        }
+        for program in found
+    ]
+    own: dict[str, Any] = {}
+    if isinstance(racer, TrainStepRacer):
+        step = racer.train_step
+        assert step.layers is not None
+        own = {"layers": len(step.layers), "evictions": step.evictions}
+    return {
+        "method": racer.label,
+        "data": workload.data,
+        "batch_size": workload.batch_size,
+        "steps": lane.steps,
+        "flops": statistics.mean(racer.ratios),
+        "flops_most": max(racer.ratios),
+        "flops_xla": _mean_xla(programs, racer.ratios),
+        "flops_most_xla": max(program["xla"] for program in programs),
+        "time": took.ratio,
+        "time_quartiles": took.quartiles,
+        "seconds": took.seconds,
+        "items_per_second": workload.items / took.seconds,
+        "unit": workload.unit,
+        "memory": max(program["memory"] for program in programs),
+        "executables": len(programs),
+        "compile_seconds": racer.compile_seconds,
+        "waits": took.waits,
+        "programs": programs,
+        **own,
+    }
+
+
+def _mean_xla(programs: Sequence[Row], ratios: Sequence[float]) -> float:
+    """Return the mean over the steps of what XLA counts for the executable that ran."""
+    total = 0.0
+    for ratio in ratios:
+        # The nearest: the step reports the model's ratio in float32.
+        nearest = min(programs, key=lambda program: abs(program["model"] - ratio))
+        total += nearest["xla"]
+    return total / len(ratios)

@@ -1,0 +1,156 @@
+"""The tables, charts and acceptance figures of `speed`, from its rows."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from lwsam_bench import report
+from lwsam_bench.metrics import Row
+from lwsam_bench.racers import budget, OPTAX_SAM, PAPER
+from lwsam_bench.workloads import Workload
+
+
+EXACT_SETS = 8  # the default of `lwsam.TrainStep`
+
+
+def table(workload: Workload, rows: Sequence[Row], origin: Mapping[str, Any]) -> str:
+    """Return the Markdown of one workload, with a heading and notes."""
+    header = [
+        "method",
+        "FLOPs",
+        "FLOPs by XLA",
+        "time",
+        "quartiles",
+        f"{workload.unit}/s",
+        "memory",
+        "executables",
+        "compiling, s",
+        "waited",
+        "host, µs",
+    ]
+    cells = [
+        [
+            row["method"],
+            f"{row['flops']:.3f}",
+            f"{row['flops_xla']:.3f}",
+            f"{row['time']:.2f}",
+            f"{row['time_quartiles'][0]:.2f} to {row['time_quartiles'][1]:.2f}",
+            f"{row['items_per_second']:,.0f}",
+            f"{row['memory']:.2f}",
+            str(row["executables"]),
+            f"{row['compile_seconds']:.0f}",
+            f"{row['waits']:.1%}",
+            "–" if row["host_us"] is None else f"{row['host_us']:.0f}",
+        ]
+        for row in rows
+    ]
+    title = f"### {workload.title}, batch {workload.batch_size}"
+    return f"{title}\n\n{report.markdown(header, cells, _notes(rows, origin))}"
+
+
+def _notes(rows: Sequence[Row], origin: Mapping[str, Any]) -> str:
+    first = rows[0]
+    cores = f", {origin['cpu_count']} cores" if origin["platform"] == "cpu" else ""
+    turns = "step by step" if first["burst"] == 1 else f"every {first['burst']} steps"
+    return (
+        f"{first['data']}; {max(row['steps'] for row in rows)} steps of real training,"
+        f" the methods taking turns {turns} in one process. FLOPs, time and memory are"
+        " over SGD's: FLOPs the mean over the steps, by the cost model and by XLA's"
+        " count for the executables that ran; time the median over blocks of 10 steps"
+        " without warm-up and steps that compiled; memory the most of any executable"
+        " (arguments, results and temporaries). Waited: share of the second half's"
+        " steps that waited for a compiler. Host: median time of a step's call beyond"
+        " that of its executable: reading the mask, choosing the executable."
+        f" JAX {origin['packages']['jax']}, {origin['device']}{cores}."
+    )
+
+
+def plot(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
+    """Draw FLOPs and time of each method over SGD's."""
+    names = [row["method"] for row in rows]
+    place = np.arange(len(rows))
+    time = np.asarray([row["time"] for row in rows])
+    quartiles = np.asarray([row["time_quartiles"] for row in rows]).T
+    spread = np.abs(quartiles - time)
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.42 * len(rows)), layout="constrained")
+    axis.barh(
+        place - 0.2,
+        [row["flops"] for row in rows],
+        0.38,
+        color=report.COLOURS[2],
+        label="FLOPs",
+    )
+    axis.barh(
+        place + 0.2,
+        time,
+        0.38,
+        xerr=spread,
+        color=report.COLOURS[1],
+        label="time, with quartiles",
+    )
+    axis.axvline(1.0, color="black", lw=0.8)
+    axis.set_yticks(place, names)
+    axis.invert_yaxis()
+    axis.set(xlabel="over SGD", title=title)
+    axis.legend(loc="lower right", frameon=False)
+    report._save(figure, [axis], path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A measured number and its limit."""
+
+    title: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the limit is kept; a number that is missing breaks it."""
+        if self.at_least:
+            return self.value >= self.limit
+        return self.value <= self.limit
+
+    def line(self) -> str:
+        """Return one line of text."""
+        verdict = "ok" if self.holds else "MISSED"
+        sign = ">=" if self.at_least else "<="
+        return f"{self.title}: {self.value:.4g} ({sign} {self.limit:g}) {verdict}"
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """Return what `--check` compares with its limits."""
+    by_method = {row["method"]: row for row in rows}
+    small, paper = by_method[budget(0.10)], by_method[PAPER]
+    optax_sam = by_method[OPTAX_SAM]
+    most = max(small["flops_most"], small["flops_most_xla"])
+    off = abs(paper["flops_xla"] / paper["flops"] - 1)
+    found = [
+        Figure(f"{budget(0.10)}: FLOPs of the dearest step", most, 1.10),
+        Figure(f"{budget(0.10)}: time", small["time"], 1.12),
+        Figure(
+            f"{OPTAX_SAM}: time over that of {budget(0.10)}",
+            optax_sam["time"] / small["time"],
+            1.5,
+            at_least=True,
+        ),
+        Figure(f"{PAPER}: XLA's mean FLOPs off the cost model's", off, 0.02),
+        Figure(f"{PAPER}: mean FLOPs", paper["flops_xla"], 1.65),
+        Figure(
+            f"{PAPER}: executables",
+            paper["executables"],
+            paper["layers"] + 1 + EXACT_SETS,
+        ),
+        Figure(f"{PAPER}: steps that waited, second half", paper["waits"], 0.02),
+        Figure(f"{budget(0.10)}: memory", small["memory"], 1.05),
+        Figure(f"{PAPER}: memory", paper["memory"], 1.15),
+    ]
+    return found + [
+        Figure(f"{row['method']}: host time of a step, µs", row["host_us"], 300)
+        for row in (small, paper)
+    ]

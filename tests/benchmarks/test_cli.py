@@ -1,0 +1,154 @@
+"""What a user can get wrong ends with a message and exit code 2, never a traceback."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lwsam_bench.cli import _parser, main, train_config
+
+
+def train(*arguments):
+    return main(["train", "--dataset", "digits", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--dataset", "imagenet"], "unknown dataset 'imagenet'"),
+        (["train", "--dataset", "none.npz", "--steps", "1"], "no such file: none.npz"),
+        (["train", "--method", "sgd", "--rho", "0.1"], "--rho has no meaning"),
+        (["train", "--method", "sam", "--k", "3"], "--k has no meaning"),
+        (["train", "--steps", "1", "--batch-size", "5000"], "--batch-size 5000"),
+    ],
+)
+def test_errors_of_the_user(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_data(tmp_path, capsys):
+    arguments = ["--dataset", "cifar10", "--data-dir", str(tmp_path / "data")]
+    out = str(tmp_path / "run")
+    assert main(["train", *arguments, "--steps", "1", "--out", out]) == 2
+    message = capsys.readouterr().err
+    assert 'file_format="array_record"' in message
+    assert str(tmp_path / "data") in message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--rho=-1",
+        "--rho=nan",
+        "--alpha=inf",
+        "--lr=fast",
+        "--k=0",
+        "--steps=0",
+        "--epochs=1.5",
+        "--batch-size=-3",
+        "--label-smoothing=1",
+        "--seed=-1",
+        "--model=vgg",
+        "--normalize=some",
+    ],
+)
+def test_bad_values_name_the_option(capsys, option):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", option])
+    assert caught.value.code == 2
+    name, value = option.split("=")
+    message = capsys.readouterr().err
+    assert name in message
+    assert value in message
+
+
+def test_steps_and_epochs_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--steps", "1", "--epochs", "1"])
+    assert caught.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_output_that_cannot_be_written(tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    assert main([command, "--steps", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot write to --out" in capsys.readouterr().err
+
+
+def test_more_layers_than_there_are(tmp_path, capsys):
+    assert train("--k", 11, "--steps", 1, "--out", tmp_path) == 2
+    assert "`k`" in capsys.readouterr().err
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path, capsys):
+    run = ("--method", "sgd", "--steps", 2, "--batch-size", 16, "--out", tmp_path)
+    assert train(*run) == 0
+    capsys.readouterr()
+    assert train(*run, "--lr", 0.2) == 2
+    assert "lr: 0.1 -> 0.2" in capsys.readouterr().err
+    assert train(*run) == 0
+    assert "finished" in capsys.readouterr().out
+
+    # Checkpoints alone tell whose they are.
+    (tmp_path / "config.json").unlink()
+    assert train(*run, "--lr", 0.2) == 2
+    assert "lr: 0.1 -> 0.2" in capsys.readouterr().err
+    assert train(*run, "--lr", 0.2, "--no-resume") == 0
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["lr"] == 0.2
+    assert [origin["from_step"] for origin in record["provenance"]] == [0]
+    assert record["provenance"][0]["packages"]["jax"]
+
+    (tmp_path / "config.json").write_text("{")
+    assert train(*run) == 2
+    assert "config.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint(command, tmp_path):
+    # A process of its own: what it prints while it ends counts too.
+    run = ["train", "--method", "sgd", "--steps", 2, "--out", tmp_path]
+    assert command.run(*run)[0] == 0
+    for path in (tmp_path / "checkpoints" / "2" / "state" / "d").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    (tmp_path / "config.json").unlink()  # written last, so it need not be there
+    code, output = command.run(*run)
+    assert code == 2, output
+    assert f"{tmp_path / 'checkpoints' / '2'} cannot be read" in output
+    assert "go on from step 1" in output
+    assert "Traceback" not in output
+    assert "Exception ignored" not in output
+    assert output.count("\n") == 1
+
+
+def test_a_file_of_arrays_is_a_dataset(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "blobs.npz"
+    np.savez(
+        path,
+        x_train=rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
+        y_train=np.arange(16) % 4,
+        x_test=rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8),
+        y_test=np.arange(5) % 4,
+    )
+    out = tmp_path / "run"
+    arguments = ["--dataset", path, "--model", "smallcnn", "--method", "sgd"]
+    arguments += ["--steps", 1, "--batch-size", 8, "--out", out]
+    assert main(["train", *map(str, arguments)]) == 0
+    *_, last = (out / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(last)["kind"] == "test"
+
+
+def test_defaults_are_the_recipe_of_the_paper():
+    arguments = _parser().parse_args(["train", "--dataset", "cifar10"])
+    config = train_config(arguments)
+    assert (config.model, config.method, config.epochs) == ("resnet20", "lwsam", 150)
+    assert (config.k, config.rho, config.alpha) == (4, 0.1, 0.8)
+    assert config.normalize == "none"
+    assert (config.batch_size, config.lr, config.momentum) == (128, 0.1, 0.9)
+    assert (config.weight_decay, config.label_smoothing) == (1e-4, 0.1)
+    assert config.augment

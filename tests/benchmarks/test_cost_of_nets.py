@@ -1,0 +1,81 @@
+"""On whole networks, unrolled, the cost model agrees with XLA's count."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import lwsam_jax as lwsam
+from lwsam_bench.measure import flops
+from lwsam_bench.models.gpt import GPT
+from lwsam_bench.models.resnet20 import ResNet20
+from lwsam_bench.models.vit import ViT
+from lwsam_bench.models.wrn import WideResNet
+from lwsam_bench.training import make_loss_fn, Network
+from lwsam_bench.workloads import next_character_loss
+
+
+IMAGES = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros((2,), jnp.int32)}
+TEXT = {name: jnp.zeros((2, 48), jnp.int32) for name in ("text", "next")}
+
+# Real depth and kinds of layers; small widths and batches, which compile sooner.
+NETS = {
+    "ResNet-20": (lambda rngs: ResNet20(3, 10, rngs=rngs), make_loss_fn, IMAGES),
+    "WRN-16-2": (lambda rngs: WideResNet(3, 10, rngs=rngs), make_loss_fn, IMAGES),
+    "ViT": (
+        lambda rngs: ViT(
+            (16, 16, 3), 10, patch=2, width=96, depth=2, heads=3, rngs=rngs
+        ),
+        make_loss_fn,
+        IMAGES,
+    ),
+    "GPT": (
+        lambda rngs: GPT(65, context=48, width=96, depth=2, rngs=rngs),
+        next_character_loss,
+        TEXT,
+    ),
+}
+
+
+@functools.cache
+def case(name):
+    """Loss, arguments, cost model, and XLA's count of a plain gradient."""
+    make, make_loss, batch = NETS[name]
+    network = Network.of(make(nnx.Rngs(0)))
+    loss = make_loss(network)
+    args = (network.params, network.model_state, batch, jax.random.key(0))
+    return loss, args, lwsam.step_cost(loss, *args), xla(loss, args)
+
+
+def xla(loss, args, selection=None):
+    fn = jax.value_and_grad(loss, has_aux=True)
+    if selection is not None:
+        fn = lwsam.value_and_grad(loss, selection, rho=0.1, alpha=0.8, has_aux=True)
+    return flops(jax.jit(fn).lower(*args).compile())
+
+
+def by_depth(layers):
+    """The names of the layers from the input to the output."""
+    return [name for _, name in sorted(zip(layers.depth, layers.names, strict=True))]
+
+
+@pytest.mark.parametrize("which", ["last two", "middle and last"])
+@pytest.mark.parametrize("name", NETS)
+def test_ratio_agrees_with_xla(name, which):
+    loss, args, cost, plain = case(name)
+    names = by_depth(cost.layers)
+    first = names[-2] if which == "last two" else names[len(names) // 2]
+    selection = (first, names[-1])
+    expected = xla(loss, args, selection) / plain
+    assert cost.ratio(selection) == pytest.approx(expected, rel=0.02)
+    assert 1.03 < expected < 1.5
+
+
+@pytest.mark.parametrize("name", ["GPT", "ViT"])
+def test_all_layers_agree_with_xla(name):
+    loss, args, cost, plain = case(name)
+    selection = cost.layers.names
+    expected = xla(loss, args, selection) / plain
+    assert cost.ratio(selection) == pytest.approx(expected, rel=0.02)

@@ -1,0 +1,223 @@
+"""Datasets are read as they are, and batches are pure functions of seed and step."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lwsam_bench import augment, data
+from lwsam_bench._errors import UserError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def write_npz(path, **changes):
+    arrays = {
+        "x_train": np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5),
+        "y_train": np.array([0, 1, 2, 1]),
+        "x_test": np.zeros((2, 5, 5), np.uint8),
+        "y_test": np.array([2, 0]),
+        **changes,
+    }
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    return str(path)
+
+
+def test_digits_are_split_once_and_for_all(digits):
+    assert digits.train.images.shape == (1000, 8, 8, 1)
+    assert digits.test.images.shape == (797, 8, 8, 1)
+    assert digits.train.images.dtype == np.uint8
+    assert digits.train.images.max() == 255
+    from sklearn.datasets import load_digits
+
+    both = np.concatenate([digits.train.images, digits.test.images]).reshape(1797, -1)
+    known = np.rint(load_digits().data * 255 / 16)
+    assert sorted(map(bytes, both)) == sorted(map(bytes, known.astype(np.uint8)))
+    assert digits.fingerprint() == data.load("digits").fingerprint()
+
+
+def test_labels_are_replaced_at_random(digits):
+    labels = digits.train.labels
+    noisy = data.corrupt_labels(labels, 0.4, 10, seed=3)
+    # 400 are drawn anew; a tenth of them stays what it was by chance.
+    assert 330 < np.sum(noisy != labels) < 390
+    np.testing.assert_array_equal(noisy, data.corrupt_labels(labels, 0.4, 10, seed=3))
+    assert np.any(noisy != data.corrupt_labels(labels, 0.4, 10, seed=4))
+    np.testing.assert_array_equal(data.corrupt_labels(labels, 0.0, 10, 3), labels)
+    assert noisy.dtype == labels.dtype
+
+
+def test_statistics_are_those_of_the_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 3, 2), dtype=np.uint8)
+    split = data.Split(images, np.zeros(7, np.int32))
+    mean, std = data.Dataset("x", "1", 1, split, split).statistics()
+    pixels = images.reshape(-1, 2) / 255.0
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_batch_is_a_function_of_seed_and_step(digits, augmented):
+    def batches(seed):
+        mean, std = digits.statistics()
+        return augment.Batches(
+            digits.train,
+            batch_size=300,
+            seed=seed,
+            mean=mean,
+            std=std,
+            augment=augmented,
+        )
+
+    onward, backward = batches(5), batches(5)
+    forth = [onward(step) for step in range(7)]
+    back = [backward(step) for step in reversed(range(7))][::-1]
+    for a, b in zip(forth, back, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert np.any(forth[0]["image"] != forth[3]["image"])  # another epoch
+    assert np.any(forth[0]["image"] != batches(6)(0)["image"])  # another seed
+    assert forth[0]["image"].dtype == jnp.float32
+    assert forth[0]["image"].shape == (300, 8, 8, 1)
+
+
+def test_an_epoch_visits_no_image_twice(digits):
+    split = dataclasses.replace(digits.train, labels=np.arange(1000, dtype=np.int32))
+    one = np.ones(1, np.float32)
+    batches = augment.Batches(
+        split, batch_size=300, seed=0, mean=0 * one, std=one, augment=False
+    )
+    assert batches.steps_per_epoch == 3  # 100 images are left out
+    seen = np.concatenate([batches(step)["label"] for step in range(3)])
+    assert len(set(seen.tolist())) == 900
+    # The image is the one of the label.
+    batch = batches(4)
+    expected = digits.train.images[np.asarray(batch["label"])] / np.float32(255)
+    np.testing.assert_allclose(batch["image"], expected, rtol=1e-6)
+
+
+def test_crops_are_windows_of_the_padded_image_and_half_are_flipped(getkey):
+    images = np.asarray(jax.random.normal(getkey(), (200, 6, 5, 2)))
+    out = np.asarray(augment.crop_and_flip(jnp.asarray(images), getkey()))
+    pad = augment.PAD
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    flips, corners = 0, set()
+    for image, result in zip(padded, out, strict=True):
+        places = [
+            (y, x, flip)
+            for y in range(2 * pad + 1)
+            for x in range(2 * pad + 1)
+            for flip in (False, True)
+            if np.array_equal(
+                image[y : y + 6, x : x + 5][:, :: -1 if flip else 1], result
+            )
+        ]
+        assert places
+        flips += places[0][2]
+        corners.add(places[0][:2])
+    assert 70 < flips < 130
+    assert len(corners) > 50  # of 81
+
+
+def test_npz(tmp_path):
+    dataset = data.load(write_npz(tmp_path / "a.npz"))
+    assert dataset.image_shape == (5, 5, 1)
+    assert dataset.num_classes == 3
+    assert dataset.train.labels.dtype == np.int32
+    np.testing.assert_array_equal(
+        dataset.train.images[0, ..., 0], np.arange(25).reshape(5, 5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "no array y_test"),
+        ({"x_train": np.zeros((4, 5, 5))}, "x_train to be uint8"),
+        ({"x_train": np.zeros((4, 5), np.uint8)}, "x_train to be uint8"),
+        ({"y_train": np.zeros(3, int)}, "y_train to be 4 integers"),
+        ({"y_train": np.zeros(4)}, "y_train to be 4 integers"),
+        ({"y_train": np.array([0, 1, -1, 2])}, "label -1"),
+        ({"x_test": np.zeros((2, 6, 5), np.uint8)}, "one shape"),
+        ({"x_test": np.array([{}, 1])}, "cannot be read"),  # a pickle
+    ],
+)
+def test_npz_of_another_shape_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        data.load(write_npz(tmp_path / "a.npz", **changes))
+
+
+def test_npz_that_is_none(tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(UserError, match="no such file"):
+        data.load(str(path))
+    path.write_bytes(b"PK\x03\x04 but no more")
+    with pytest.raises(UserError, match="cannot be read"):
+        data.load(str(path))
+
+
+class Head:
+    """The first records of a source: decoding all of them takes half a minute."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, i):
+        return self._source[i]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "jpeg"),
+    [("cifar10", (32, 32, 3), True), ("fashion_mnist", (28, 28, 1), False)],
+)
+def test_real_data(data_dir, monkeypatch, name, shape, jpeg):
+    decode, sizes = data._decode, []
+
+    def decode_head(source, *rest):
+        sizes.append(len(source))
+        return decode(Head(source), *rest)
+
+    monkeypatch.setattr(data, "_decode", decode_head)
+    dataset = data.load(name, str(data_dir))
+    assert sizes == [50_000 if name == "cifar10" else 60_000, 10_000]
+    assert dataset.image_shape == shape
+    assert dataset.num_classes == 10
+    assert dataset.train.images.dtype == np.uint8
+    assert set(dataset.train.labels.tolist()) == set(range(10))
+    assert dataset.version.startswith("3.0.")
+    assert ("JPEG" in dataset.note) == jpeg
+
+
+def test_damaged_data(data_dir, tmp_path):
+    folder = tmp_path / "cifar10"
+    shutil.copytree(data_dir / "cifar10", folder)
+    (shard,) = folder.glob("*/cifar10-test*")
+    shard.write_bytes(shard.read_bytes()[:100_000])
+    with pytest.raises(UserError, match="cifar10 in .* cannot be read"):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_missing_data_names_the_command_that_fetches_it(tmp_path):
+    with pytest.raises(UserError) as caught:
+        data.load("cifar10", str(tmp_path))
+    message = str(caught.value)
+    assert f"cifar10 is not in {tmp_path}" in message
+    assert "tfds.builder(" in message
+    assert "download_and_prepare()" in message
+    assert not list(tmp_path.iterdir())  # and nothing was begun
+
+
+def test_default_data_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert data.default_data_dir() == str(tmp_path)
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.default_data_dir() == str(tmp_path / "tensorflow_datasets")
