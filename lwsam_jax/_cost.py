@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -233,7 +232,7 @@ def _by_layer(
     """Attributes each equation to the deepest layer that it depends on."""
     count = len(layers)
     totals = [[0.0] * count for _ in range(3)]
-    deepest = functools.partial(max, key=layers.depth.__getitem__)
+    deepest = lambda indices: max(indices, key=layers.depth.__getitem__)
     first = min(range(count), key=layers.depth.__getitem__)
     for work in found:
         reached = 0

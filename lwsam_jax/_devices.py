@@ -72,7 +72,8 @@ class Devices:
             return batch
         shares = jax.tree.map(lambda x: self.share(x, lead), batch)
         if self._mesh is not None:
-            shard = lambda x: NamedSharding(self._mesh, self._spec(x, lead))
+            mesh = self._mesh
+            shard = lambda x: NamedSharding(mesh, self._spec(x, lead))
             return jax.tree.map(lambda x: jax.device_put(x, shard(x)), batch)
         split = lambda x, one: (
             x.reshape(*x.shape[:lead], self.count, *one.shape[lead:])

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax.extend import core
 
 from . import _jaxpr
@@ -39,7 +38,7 @@ _DERIVATIVE = {"tanh": 3, "logistic": 3, "rsqrt": 2, "integer_pow": 2, "erf": 3}
 
 
 def _size(atom: Any) -> int:
-    return math.prod(getattr(atom.aval, "shape", ()))
+    return math.prod(_jaxpr.shape(atom))
 
 
 class Work(NamedTuple):
@@ -131,7 +130,7 @@ def _walk(
         inputs = tuple(
             (mask, times * _one_input(eqn, i))
             for i, (a, mask) in enumerate(zip(eqn.invars, masks, strict=True))
-            if mask and jnp.issubdtype(a.aval.dtype, jnp.inexact)
+            if mask and _jaxpr.is_inexact(a)
         )
         around = every if whole is None else whole
         is_live = any(v in live for v in eqn.outvars)
@@ -242,15 +241,15 @@ def _bodies(eqn: core.JaxprEqn) -> list[tuple[core.Jaxpr, float]]:
 
 def _dot(eqn: core.JaxprEqn) -> float:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
+    shape = _jaxpr.shape(eqn.invars[0])
     return 2.0 * _size(eqn.outvars[0]) * math.prod(shape[d] for d in contract)
 
 
 def _conv(eqn: core.JaxprEqn) -> float:
     """Counts the taps that fall on data; padding and the holes of dilation are free."""
     numbers = eqn.params["dimension_numbers"]
-    lhs, rhs = (atom.aval.shape for atom in eqn.invars[:2])
-    out = eqn.outvars[0].aval.shape
+    lhs, rhs = map(_jaxpr.shape, eqn.invars[:2])
+    out = _jaxpr.shape(eqn.outvars[0])
     taps = 1
     for i, d in enumerate(numbers.lhs_spec[2:]):
         taps *= _taps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,20 @@ class Traced(NamedTuple):
     debug_info: Any
 
 
-def is_var(atom: Any) -> bool:
+def is_var(atom: Any) -> TypeGuard[core.Var]:
     """Whether an atom is a variable (else it is a literal)."""
     return not isinstance(atom, core.Literal)
+
+
+def shape(atom: Any) -> tuple[int, ...]:
+    """Returns the shape of an atom; () for what has none."""
+    return getattr(atom.aval, "shape", ())
+
+
+def is_inexact(atom: Any) -> bool:
+    """Whether an atom is of a float or complex dtype."""
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 REMAT = frozenset({"checkpoint", "remat", "remat2"})

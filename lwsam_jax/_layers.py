@@ -334,7 +334,7 @@ def _first_meetings(
     """Returns for each parameter leaf the first equation where it meets data, or -1."""
     traced, inputs = _jaxpr.trace_call(loss_fn, params, args, True, axis_env)
     # A scalar that the loss closed over is a coefficient, not data.
-    batch = [v for v in traced.consts if v.aval.shape]
+    batch = [v for v in traced.consts if _jaxpr.shape(v)]
     data = _jaxpr.dependents(traced.eqns, [*inputs, *batch])
     waiting = {v: frozenset({i}) for i, v in enumerate(traced.invars)}
     first = [-1] * len(traced.invars)

@@ -166,7 +166,7 @@ class LayerwiseSAM:
     ) -> LayerwiseSAMState:
         """Returns the state after a step, with the mask of the next (lines 9 and 4)."""
         norms = norms.astype(state.norms.dtype)
-        step_count = optax.safe_increment(state.step_count)
+        step_count = jnp.asarray(optax.safe_increment(state.step_count))
         return state._replace(
             step_count=step_count,
             norms=norms,

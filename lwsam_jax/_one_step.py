@@ -147,7 +147,7 @@ class OneStep:
             opt_state=opt_state,
             method_state=method_state,
             key=state.key,
-            step=optax.safe_increment(state.step),
+            step=jnp.asarray(optax.safe_increment(state.step)),
         )
         info = StepInfo(
             value=out.value,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from . import _checks
 from ._layers import Layers
@@ -230,7 +231,7 @@ def selection(state: Any, cover: str | None = None) -> tuple[str, ...] | Cover:
     found = _only_state(who, state)
     layers = found.layers.layers
     mask = _array(found.mask)
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         remedy = (
             "Call it between the steps, outside jit, and pass the result as static."
         )

@@ -34,7 +34,7 @@ class _Best:
     """The k layers of highest score; the score is a function of (norms, key)."""
 
     k: Any
-    score: Callable[[jax.Array, jax.Array], jax.Array]
+    score: Callable[[jax.Array, jax.Array | None], jax.Array]
     depth: tuple[int, ...] | None = None
 
     def bind(self, layers: Layers) -> _Best:

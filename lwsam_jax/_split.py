@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
 from . import _checks, _jaxpr
@@ -102,7 +101,7 @@ def cut(traced: _jaxpr.Traced, selected: Sequence[int]) -> Cut:
     # other outputs alone, such as statistics of a BatchNorm.
     from_rest = _jaxpr.dependents(before, rest)
     to_value = _jaxpr.ancestors(after, traced.outvars[:1])
-    carries = lambda v: v in from_rest and v in to_value and _is_inexact(v)
+    carries = lambda v: v in from_rest and v in to_value and _jaxpr.is_inexact(v)
     residuals = [v for v in crossing if carries(v)]
     constants = [v for v in crossing if not carries(v)]
     return Cut(before, after, chosen, rest, residuals, constants)
@@ -128,10 +127,6 @@ def split(traced: _jaxpr.Traced, selected: Sequence[int]) -> Split:
         return value, others
 
     return Split(run_prefix, run_suffix, traced.out_tree)
-
-
-def _is_inexact(v: core.Var) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 def _divide(
@@ -196,7 +191,7 @@ def _cut_remat(eqn: core.JaxprEqn, reached: set[core.Var]) -> list[core.JaxprEqn
     """Returns a remat as two, the first without the variables in `reached`."""
     body = eqn.params["jaxpr"]
     body_eqns, body_outvars = _jaxpr.inline_body(body)
-    outer = dict(zip(body.invars, eqn.invars, strict=True))
+    outer: dict[core.Var, Any] = dict(zip(body.invars, eqn.invars, strict=True))
     inside = [v for v, a in outer.items() if _jaxpr.is_var(a) and a in reached]
     before, after = _divide(body_eqns, inside)
     if not before:
@@ -218,6 +213,6 @@ def _cut_remat(eqn: core.JaxprEqn, reached: set[core.Var]) -> list[core.JaxprEqn
         )
         for jaxpr, inputs, outvars in (
             (first, first_inputs, [outer[v] for v in crossing]),
-            (second, second_inputs, eqn.outvars),
+            (second, second_inputs, list(eqn.outvars)),
         )
     ]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from . import _checks, _cost, _selection
@@ -263,7 +264,7 @@ class TrainStep:
 
     def _prepare(self, state: TrainState, batch: Any) -> None:
         leaves = [state.step, *jax.tree.leaves(batch)]
-        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        if any(isinstance(x, Tracer) for x in leaves):
             remedy = "It jits itself, and chooses its executable by the state's mask."
             raise TypeError(
                 _checks.message(

@@ -173,7 +173,11 @@ def layerwise_sam(
             )
         return updates, method.advance(state, norms, value, known)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Optax's alias of a state does not admit NamedTuples, its own states included.
+    return optax.GradientTransformationExtraArgs(
+        init_fn,  # pyright: ignore[reportArgumentType]
+        update_fn,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _placeholder_state() -> LayerwiseSAMState:
