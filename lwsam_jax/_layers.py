@@ -28,9 +28,13 @@ def _key_name(key: Any) -> str:
 
 
 def _names_of(path: Sequence[Any]) -> list[str]:
-    """Returns the path as names, without the `.value` that NNX adds at its end."""
+    """Returns the path as names, without the `.value` that NNX adds at its end.
+
+    That one is an attribute; a dictionary may have a key "value" (of an attention).
+    """
     names = [_key_name(key) for key in path]
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+    is_attribute = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
+    return names[:-1] if is_attribute and names[-1] == "value" else names
 
 
 def _join(names: Sequence[str]) -> str:

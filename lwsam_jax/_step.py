@@ -354,12 +354,22 @@ def _check_loss(loss_fn: LossFn, args: tuple[Any, ...], axes: Any) -> None:
         remedy = "Reduce the loss, for instance with jnp.mean."
         expected, got = "a function to a scalar loss", f"one to {value}"
         raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
-    kind = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-    if kind(model_state) != kind(args[1]):
+    given, returned = _kinds(args[1]), _kinds(model_state)
+    structures = jax.tree.structure(args[1]), jax.tree.structure(model_state)
+    if given != returned or structures[0] != structures[1]:
         remedy = "Return the model state with the structure, shapes and dtypes it has."
-        expected = f"to return a model state like {kind(args[1])}"
-        got = str(kind(model_state))
+        expected = f"to return a model state of {given}"
+        got = f"one of {returned}"
         raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
+
+
+def _kinds(tree: Any) -> str:
+    """Returns path, dtype and shape of every leaf, as text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return ", ".join(
+        f"{jax.tree_util.keystr(path)}: {jnp.result_type(x)}{list(jnp.shape(x))}"
+        for path, x in leaves
+    )
 
 
 def _copy(x: Any) -> jax.Array:
