@@ -15,11 +15,13 @@ import optax
 import lwsam_jax as lwsam
 
 
-# The context manager moved between JAX 0.7 and 0.10; both take the new value.
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:
-    from jax.experimental import enable_x64
+def enable_x64(new_value):
+    """The context manager, which moved between JAX 0.7 and 0.10."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(new_value)
+    from jax.experimental import enable_x64 as older
+
+    return older(new_value)
 
 
 class Plain(NamedTuple):

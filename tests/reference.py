@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+
 Leaves = dict[str, np.ndarray]
 # (params, batch) -> (value, gradient)
 ValueAndGrad = Callable[[Leaves, Any], tuple[float, Leaves]]
@@ -197,14 +198,11 @@ def algorithm_1(
         )
         velocity = {name: momentum * velocity[name] + grads[name] for name in params}
         params = {
-            name: leaf - learning_rate * velocity[name]
-            for name, leaf in params.items()
+            name: leaf - learning_rate * velocity[name] for name, leaf in params.items()
         }
         norms = {  # line 9
             name: norm_of(descent[leaf] for leaf in leaves)
             for name, leaves in layers.items()
         }
-        steps.append(
-            Step(selected, value, perturbed_value, grads, norms, params, gap)
-        )
+        steps.append(Step(selected, value, perturbed_value, grads, norms, params, gap))
     return steps

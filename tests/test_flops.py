@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import layer_nets
 import lwsam_jax as lwsam
 import nets
 
@@ -118,7 +119,7 @@ def test_a_remat_of_the_whole_net_is_looked_into():
 
 
 def test_unused_gradients_of_the_caller_are_dropped():
-    """value_fn alone: jit drops the gradient that the caller passes and nobody reads."""
+    """jit drops the gradient that the caller passes and nobody reads."""
     tx = lwsam.layerwise_sam(k=1, rho=0.1, alpha=0.8)
     loss = lambda p: mlp_loss(p, X)
 
@@ -156,14 +157,16 @@ def test_a_train_step_costs_what_its_selection_costs():
 
 
 def test_convolutions_are_skipped_as_well():
-    case = nets.list_of_convolutions()
+    case = layer_nets.list_of_convolutions()
     images = nets.weight(8, 8, 8, 2)
     loss = lambda p, x: case.loss(p, x)[0]
     base = flops(jax.value_and_grad(loss), case.params, images)
     costs = []
     for selected in (("a_out",), ("blocks/10",), ("blocks/5",), case.names):
         fn = lwsam.value_and_grad(loss, selected, rho=0.1, alpha=0.8)
-        costs.append(flops(lambda p, x, fn=fn: fn(p, x)[:3], case.params, images) / base)
+        costs.append(
+            flops(lambda p, x, fn=fn: fn(p, x)[:3], case.params, images) / base
+        )
     assert costs == sorted(costs)
     assert costs[0] < 1.03
     assert costs[1] < 1.15

@@ -1,4 +1,4 @@
-"""Where the method must become another one: the base optimizer, SAM, generalized SAM."""
+"""Where the method becomes another: the base optimizer, SAM, generalized SAM."""
 
 import functools
 
@@ -236,7 +236,7 @@ def test_k_of_all_layers_is_generalized_sam():
 
 @pytest.mark.parametrize("normalize", ["selected", "full"])
 def test_the_length_of_the_perturbation_is_the_radius(normalize):
-    """Exactly for "selected", less for "full"; seen through a grad_fn that returns w."""
+    """Exactly for "selected", less for "full"; a grad_fn that returns w shows it."""
     params = CASE.params
     tx = lwsam.layerwise_sam(k=2, rho=0.3, alpha=1.0, normalize=normalize)
     clean = plain_gradient()

@@ -105,7 +105,7 @@ def oracle(dtype, layers=WEIGHTS, **hyper):
 
 
 def compare(record, step, dtype):
-    """One step's selection, norms, value and new parameters, with those of the oracle."""
+    """One step's selection, norms, value and parameters, with those of the oracle."""
     rtol = 1e-10 if dtype == np.float64 else 3e-5
     assert set(record["selected"]) == set(step.selected)
     np.testing.assert_allclose(record["value"], step.value, rtol=rtol)

@@ -11,7 +11,7 @@ from plain import enable_x64
 
 
 def point_of(w, g, *, rho=0.3, normalize="none", selection=("w",)):
-    """The perturbed weights: with alpha=1, what a grad_fn that returns its input gets."""
+    """The perturbed weights: with alpha=1, what a grad_fn that returns w gets."""
     params, grads = {"w": w}, {"w": g}
     tx = lwsam.layerwise_sam(k=1, rho=rho, alpha=1.0, normalize=normalize)
     updates, state = jax.jit(
@@ -33,7 +33,9 @@ def test_the_perturbed_point_is_computed_in_float32_and_rounded_once(dtype, sele
     point, _ = point_of(w, g, rho=rho, selection=selection)
     exact = np.asarray(w, np.float64) + np.float32(rho) * np.asarray(g, np.float64)
     assert point.dtype == dtype
-    rounded = np.asarray(jnp.asarray(exact.astype(np.float32)).astype(dtype), np.float32)
+    rounded = np.asarray(
+        jnp.asarray(exact.astype(np.float32)).astype(dtype), np.float32
+    )
     # A product rounded to float32 first may move a tie: one weight in thousands.
     assert np.mean(np.asarray(point, np.float32) != rounded) < 1e-3
     narrow = np.asarray(w + jnp.asarray(rho, dtype) * g, np.float32)
@@ -146,7 +148,7 @@ def test_a_nan_that_comes_in_does_not_reach_the_selection():
 
 
 def test_complex_weights_are_perturbed_uphill():
-    """JAX's gradient by a complex number is the conjugate of the direction of ascent."""
+    """JAX's gradient by a complex number is the conjugate of the ascent direction."""
     w = jnp.asarray([[1.0 + 2.0j, -0.5j], [0.3 + 0.1j, 2.0 + 0j]], jnp.complex64)
     loss = lambda p: jnp.sum(jnp.abs(p["w"] @ jnp.array([1.0, 2.0j])) ** 2)
     out = lwsam.value_and_grad(loss, ("w",), rho=0.05, alpha=1.0)({"w": w})
@@ -174,7 +176,9 @@ def test_none_in_the_tree_is_no_leaf():
     params = {"v": None, "w": jnp.ones((2, 2))}
     tx = lwsam.layerwise_sam(k=1, rho=0.1, alpha=0.8)
     state = tx.init(params)
-    updates, _ = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p["w"] ** 2))
+    updates, _ = tx.update(
+        params, state, params, value_fn=lambda p: jnp.sum(p["w"] ** 2)
+    )
     assert updates["v"] is None
 
 

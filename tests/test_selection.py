@@ -26,7 +26,9 @@ def chain_loss(params, x):
 
 def state_after(norms, select=None, *, layers=None, steps=1, **options):
     """The state after steps whose gradients had these norms, in pytree order."""
-    tx = lwsam.layerwise_sam(select=select, rho=0.1, alpha=0.8, layers=layers, **options)
+    tx = lwsam.layerwise_sam(
+        select=select, rho=0.1, alpha=0.8, layers=layers, **options
+    )
     grads = {
         name: jnp.zeros((2, 2)).at[0, 0].set(norm)
         for name, norm in zip(NAMES, norms, strict=True)
@@ -133,7 +135,10 @@ def test_random_k_prefers_no_layer():
 
 
 def test_a_selector_may_be_any_function_of_the_norms():
-    assert selected([3.0, 1.0, 4.0, 2.0], lambda norms, key: norms > 2.5) == {"c_1", "c_2"}
+    assert selected([3.0, 1.0, 4.0, 2.0], lambda norms, key: norms > 2.5) == {
+        "c_1",
+        "c_2",
+    }
 
 
 def test_a_selector_that_returns_no_mask_raises():

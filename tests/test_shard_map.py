@@ -131,7 +131,9 @@ def test_a_loop_over_devices_may_average_by_grad_fn():
     tx = lwsam.layerwise_sam(k=1, rho=0.3, alpha=0.7, layers=LAYERS)
 
     def run(params, x):
-        mean = lambda p: jax.lax.pmean(jax.grad(lambda p: CASE.loss(p, x)[0])(p), "data")
+        mean = lambda p: jax.lax.pmean(
+            jax.grad(lambda p: CASE.loss(p, x)[0])(p), "data"
+        )
         state = tx.init(params)
         updates, _ = tx.update(
             mean(params), state, params, grad_fn=mean, selection=("a_out",)
@@ -214,7 +216,9 @@ def how_often(compiled):
     ids=str,
 )
 @pytest.mark.parametrize("parallel", ["pmap", "mesh"])
-def test_the_ascent_reduces_what_is_perturbed_and_no_more(parallel, selection, perturbed):
+def test_the_ascent_reduces_what_is_perturbed_and_no_more(
+    parallel, selection, perturbed
+):
     """Every layer travels once for the descent; those perturbed once more before it."""
     if parallel == "mesh":
         parallel = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))

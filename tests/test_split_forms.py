@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import layer_nets
 import lwsam_jax as lwsam
 import nets
 from plain import assert_close, two_gradients
@@ -56,7 +57,9 @@ def test_eager_split_is_bitwise_the_plain_form():
 
     for alpha in (0.7, 1.0):
         options = {"rho": 0.3, "alpha": alpha}
-        fn = lwsam.value_and_grad(loss, ("m_mid",), layers=layers, has_aux=True, **options)
+        fn = lwsam.value_and_grad(
+            loss, ("m_mid",), layers=layers, has_aux=True, **options
+        )
         out = fn(case.params, *case.args)
         expected = two_gradients(loss, case.params, case.args, ("m_mid",), **options)
         chex.assert_trees_all_equal(out.value, expected.value)
@@ -141,7 +144,10 @@ def test_aux_that_passes_parameters_through_has_the_clean_ones():
 @pytest.mark.parametrize("name", ["probe", "unused"])
 def test_perturbing_what_the_loss_ignores_is_the_plain_gradient(name):
     """Then the whole loss stands before the cut. Its norm is zero, not NaN."""
-    make = {"probe": nets.layer_used_only_in_aux, "unused": nets.layer_never_used}
+    make = {
+        "probe": layer_nets.layer_used_only_in_aux,
+        "unused": layer_nets.layer_never_used,
+    }
     case = make[name]()
 
     @jax.jit
@@ -206,7 +212,9 @@ def test_it_runs_inside_scan_and_under_remat():
     params, values = descend(case.params)
     expected = case.params
     for value in values:
-        out = two_gradients(case.loss, expected, case.args, ("m_mid",), rho=0.3, alpha=0.7)
+        out = two_gradients(
+            case.loss, expected, case.args, ("m_mid",), rho=0.3, alpha=0.7
+        )
         assert_close(value, out.value, rtol=1e-5)
         expected = jax.tree.map(lambda w, g: w - 0.1 * g, expected, out.grads)
     assert_close(params, expected, rtol=1e-5)

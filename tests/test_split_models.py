@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 import framework_nets
+import layer_nets
 import lwsam_jax as lwsam
 import nets
 from plain import assert_close, depth_order, two_gradients
 
 
-MAKERS = {**nets.CASES, **framework_nets.CASES}
+PLAIN = {**nets.CASES, **layer_nets.CASES}
+MAKERS = {**PLAIN, **framework_nets.CASES}
 
 
 @functools.cache
@@ -32,7 +34,7 @@ def as_plain_fields(out):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_split_equals_two_plain_gradients(name):
-    """For the tuple, and for the cover of all layers of which a mask picks the tuple."""
+    """For the tuple, and for the cover of all layers in which a mask picks it."""
     case, layers = made(name), layers_of(name)
     hyper = {"rho": 0.3, "alpha": 0.7}
     split = functools.partial(
@@ -43,7 +45,7 @@ def test_split_equals_two_plain_gradients(name):
     @jax.jit
     def run(params, args, mask):
         outs = [split(selection=case.selected)(params, *args)]
-        if name in nets.CASES:  # one compilation less for the large ones
+        if name in PLAIN:  # one compilation less for the large ones
             outs.append(split(selection=cover)(params, *args, mask=mask))
         return two_gradients(case.loss, params, args, case.selected, **hyper), outs
 

@@ -1,6 +1,7 @@
 """TrainStep on one device: state, keys, donation, info, covers, errors."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -12,49 +13,18 @@ import pytest
 import lwsam_jax as lwsam
 import nets
 from plain import assert_close, two_gradients
-
-
-PARAMS = nets.mlp_params()
-MODEL_STATE = {"mean": jnp.zeros(4), "count": jnp.zeros((), jnp.int32)}
-KEY = jax.random.key(5)
-
-
-def batch(seed=0, size=16):
-    return {"x": nets.weight(size, 4, seed=seed), "scale": np.float32(2.0)}
-
-
-def loss_fn(params, model_state, batch, key):
-    """A network with dropout, a running mean, and metrics of both kinds."""
-    x = batch["x"] * batch["scale"]
-    keep = jax.random.bernoulli(key, 0.8, (len(x), 5))
-    h = jnp.where(keep, nets.body(params, x), 0.0)
-    value, aux = nets.head(params, h)
-    new_state = {
-        "mean": 0.9 * model_state["mean"] + 0.1 * jnp.mean(h),
-        "count": model_state["count"] + 1,
-    }
-    metrics = {
-        "positive": jnp.sum(aux["logits"] > 0),
-        "mean": jnp.mean(aux["logits"]),
-        "key": jax.random.key_data(key),
-    }
-    return value, (new_state, metrics)
-
-
-def make(base=None, loss=loss_fn, **options):
-    method = lwsam.LayerwiseSAM(**{"k": 1, "rho": 0.3, "alpha": 0.7, **options})
-    return lwsam.TrainStep(loss, base or optax.sgd(0.1, momentum=0.9), method)
-
-
-@functools.cache
-def shared():
-    """One TrainStep for the tests that only look at it."""
-    return make()
-
-
-def start(step=None, **changes):
-    step = shared() if step is None else step
-    return step.init(PARAMS, MODEL_STATE, batch(), key=KEY)._replace(**changes)
+from train_nets import (
+    batch,
+    KEY,
+    KEY_KIND,
+    loss_fn,
+    make,
+    MODEL_STATE,
+    PARAMS,
+    shared,
+    small_loss,
+    start,
+)
 
 
 @functools.cache
@@ -81,14 +51,16 @@ def test_each_step_is_two_gradients_with_one_key_of_dropout():
     for i, ((selected, before, info), after) in enumerate(
         zip(record, states, strict=True)
     ):
-        key = jax.random.wrap_key_data(info.metrics["key"])
+        key = jax.random.wrap_key_data(info.metrics["key"], impl=KEY_KIND)
         args = (before.model_state, batch(i), key)
         out = plain(before.params, args, selected)
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, out.grads)
         params = jax.tree.map(lambda w, v: w - 0.1 * v, before.params, velocity)
         assert_close(after.params, params, rtol=1e-5)
         assert_close(after.model_state, out.aux[0])
-        assert_close((info.value, info.perturbed_value), (out.value, out.perturbed_value))
+        assert_close(
+            (info.value, info.perturbed_value), (out.value, out.perturbed_value)
+        )
         assert_close(info.metrics, out.aux[1])
         assert_close(info.norms, out.norms)
 
@@ -111,7 +83,7 @@ def test_the_state_says_what_the_next_step_perturbs_and_info_what_this_one_did()
         assert shared().layers.selected(info.mask) == selected
         assert info.norms.shape == info.mask.shape == (3,)
         assert bool(info.finite)
-    for (_, _, info), (selected, _, _) in zip(record[:-1], record[1:], strict=True):
+    for (_, _, info), (selected, _, _) in itertools.pairwise(record):
         assert selected == (names[int(np.argmax(info.norms))],)
 
 
@@ -181,13 +153,6 @@ def test_a_restored_state_needs_no_init():
     assert_close(state.params, last.params)
 
 
-def small_loss(params, model_state, batch, key):
-    """As `loss_fn` without what takes long to compile."""
-    del key
-    value, _ = nets.head(params, nets.body(params, batch["x"]))
-    return value, (model_state, {})
-
-
 def test_the_selection_is_a_function_of_the_state_alone():
     """Whoever edits the mask, or hands over another run's, is obeyed."""
     step = make(loss=small_loss, k=None, select=lwsam.named("a_out"))
@@ -210,9 +175,11 @@ def test_a_run_compiles_at_most_one_cover_more_than_layers():
         traces.append(None)
         return small_loss(params, model_state, batch, key)
 
-    step = make(loss=loss, k=None, select=lambda norms, key: jax.random.bernoulli(
-        key, 0.4, norms.shape
-    ))
+    step = make(
+        loss=loss,
+        k=None,
+        select=lambda norms, key: jax.random.bernoulli(key, 0.4, norms.shape),
+    )
     state = start(step)
     selected = set()
     for i in range(16):
@@ -236,16 +203,16 @@ def test_no_layer_or_no_radius_is_the_base_optimizer_bit_for_bit(options):
 
     @jax.jit
     def plain(params, model_state, opt_state, x, key):
-        (value, (model_state, metrics)), grads = jax.value_and_grad(
-            loss_fn, has_aux=True
-        )(params, model_state, x, key)
+        (value, (model_state, _)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, model_state, x, key
+        )
         updates, opt_state = base.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), model_state, opt_state, value
 
     params, model_state, opt_state = PARAMS, MODEL_STATE, base.init(PARAMS)
     for i in range(3):
         state, info = step(state, batch(i))
-        key = jax.random.wrap_key_data(info.metrics["key"])
+        key = jax.random.wrap_key_data(info.metrics["key"], impl=KEY_KIND)
         params, model_state, opt_state, value = plain(
             params, model_state, opt_state, batch(i), key
         )

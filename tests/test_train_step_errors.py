@@ -6,7 +6,16 @@ import optax
 import pytest
 
 import lwsam_jax as lwsam
-from test_train_step import KEY, MODEL_STATE, PARAMS, batch, loss_fn, make, shared, start
+from train_nets import (
+    batch,
+    KEY,
+    loss_fn,
+    make,
+    MODEL_STATE,
+    PARAMS,
+    shared,
+    start,
+)
 
 
 METHOD = lwsam.LayerwiseSAM(k=1, rho=0.1, alpha=0.8)
@@ -56,7 +65,13 @@ def test_a_call_under_jit_raises():
         lambda p, s, b, k: (jnp.sum(p["a_out"]["kernel"]), ({}, {})),
         lambda p, s, b, k: (jnp.sum(p["a_out"]["kernel"]), ({**s, "mean": 0.0}, {})),
     ],
-    ids=["no aux", "no metrics", "no scalar", "model state lost", "model state reshaped"],
+    ids=[
+        "no aux",
+        "no metrics",
+        "no scalar",
+        "model state lost",
+        "model state reshaped",
+    ],
 )
 def test_a_loss_that_returns_something_else_raises(loss):
     step = make(loss=loss)

@@ -90,7 +90,12 @@ def test_eight_devices_are_one_device(name):
         assert int(info.metrics["positive"]) == int(wanted.metrics["positive"])
         assert_close(
             (info.value, info.perturbed_value, info.norms, info.metrics["mean"]),
-            (wanted.value, wanted.perturbed_value, wanted.norms, wanted.metrics["mean"]),
+            (
+                wanted.value,
+                wanted.perturbed_value,
+                wanted.norms,
+                wanted.metrics["mean"],
+            ),
             rtol=3e-6,
         )
     masks = {tuple(np.asarray(info.mask)) for info in infos}

@@ -10,8 +10,13 @@ import pytest
 import lwsam_jax as lwsam
 
 
-PARAMS = {"first": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "second": jnp.ones((2, 2))}
-LOSS = lambda p: jnp.sum(p["first"]["kernel"] @ p["second"]) + jnp.sum(p["first"]["bias"])
+PARAMS = {
+    "first": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "second": jnp.ones((2, 2)),
+}
+LOSS = lambda p: (
+    jnp.sum(p["first"]["kernel"] @ p["second"]) + jnp.sum(p["first"]["bias"])
+)
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
 
 
@@ -33,9 +38,11 @@ def says(error, argument, *words):
 # --- construction ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [make, lambda **o: lwsam.LayerwiseSAM(
-    **{"k": 1, "rho": 0.1, "alpha": 0.8, **o}
-)], ids=["layerwise_sam", "LayerwiseSAM"])
+@pytest.mark.parametrize(
+    "build",
+    [make, lambda **o: lwsam.LayerwiseSAM(**{"k": 1, "rho": 0.1, "alpha": 0.8, **o})],
+    ids=["layerwise_sam", "LayerwiseSAM"],
+)
 @pytest.mark.parametrize(
     ("options", "argument", "value"),
     [
@@ -82,7 +89,9 @@ def test_rho_and_alpha_have_no_default():
 # --- init -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"k": 3}, {"k": None, "select": lwsam.bottom_k(3)}])
+@pytest.mark.parametrize(
+    "options", [{"k": 3}, {"k": None, "select": lwsam.bottom_k(3)}]
+)
 def test_more_layers_than_there_are_raises_at_init(options):
     with pytest.raises(ValueError, match="2") as error:
         make(**options).init(PARAMS)
@@ -91,7 +100,12 @@ def test_more_layers_than_there_are_raises_at_init(options):
 
 @pytest.mark.parametrize(
     "params",
-    [{}, {"scale": jnp.ones(3)}, {"steps": jnp.ones((2, 2), int)}, {"bias": jnp.ones((2, 2))}],
+    [
+        {},
+        {"scale": jnp.ones(3)},
+        {"steps": jnp.ones((2, 2), int)},
+        {"bias": jnp.ones((2, 2))},
+    ],
     ids=["empty", "vector", "integers", "bias of rank 2"],
 )
 def test_a_tree_without_layers_raises_with_the_reason(params):
@@ -102,7 +116,7 @@ def test_a_tree_without_layers_raises_with_the_reason(params):
 
 
 def test_two_paths_with_one_name_raise():
-    """"first" and "first/kernel" are one name, and would be one layer unseen."""
+    """ "first" and "first/kernel" are one name, and would be one layer unseen."""
     params = {"first": {"kernel": jnp.ones((2, 2))}, "first/kernel": jnp.ones((2, 2))}
     clash = {"a/c": jnp.ones((2, 2)), "a": {"c": jnp.ones((2, 2))}}
     for rule in (lwsam.weights, lwsam.leaves):
@@ -124,7 +138,9 @@ LABELS = {"first": "ours", "second": "theirs"}
     "wrap",
     [
         lambda tx: optax.masked(tx, {"first": True, "second": False}),
-        lambda tx: optax.multi_transform({"ours": tx, "theirs": optax.sgd(0.1)}, LABELS),
+        lambda tx: optax.multi_transform(
+            {"ours": tx, "theirs": optax.sgd(0.1)}, LABELS
+        ),
         lambda tx: optax.partition({"ours": tx, "theirs": optax.sgd(0.1)}, LABELS),
     ],
     ids=["masked", "multi_transform", "partition"],
@@ -163,7 +179,9 @@ def test_both_functions_of_the_loss_raise():
     says(error, "grad_fn", "value_fn")
 
 
-@pytest.mark.parametrize("extra", [{"grad_fn": 3}, {"value_fn": GRADS}, {"grad_fn": GRADS}])
+@pytest.mark.parametrize(
+    "extra", [{"grad_fn": 3}, {"value_fn": GRADS}, {"grad_fn": GRADS}]
+)
 def test_a_function_of_the_loss_that_is_none_raises(extra):
     (name,) = extra
     with pytest.raises(TypeError) as error:
@@ -191,7 +209,9 @@ def test_an_unknown_layer_raises_and_lists_the_known_ones(selection, words):
     says(error, "selection", *words)
 
 
-@pytest.mark.parametrize("selection", ["first", 3, {"first"}, True, jnp.array([True, False])])
+@pytest.mark.parametrize(
+    "selection", ["first", 3, {"first"}, True, jnp.array([True, False])]
+)
 def test_a_selection_of_another_kind_raises(selection):
     with pytest.raises(TypeError, match="selection") as error:
         update(value_fn=LOSS, selection=selection)
@@ -243,7 +263,11 @@ def test_it_stands_first_in_its_chain_or_clips_only_the_ascent():
 @pytest.mark.parametrize("read", [lwsam.selection, lwsam.value])
 def test_none_or_several_states_raise(read):
     state = make().init(PARAMS)
-    for tree, count in (({}, "0"), (optax.sgd(0.1).init(PARAMS), "0"), ((state, state), "2")):
+    for tree, count in (
+        ({}, "0"),
+        (optax.sgd(0.1).init(PARAMS), "0"),
+        ((state, state), "2"),
+    ):
         with pytest.raises(ValueError, match="state") as error:
             read(tree)
         says(error, "state", count)
@@ -258,7 +282,7 @@ def test_reading_the_selection_under_jit_raises():
 
 @pytest.mark.parametrize("as_transformation", [False, True])
 def test_multi_steps_raises_when_the_selection_is_read(as_transformation):
-    """It cannot be seen from inside: the loss would be of the last micro-batch alone."""
+    """It cannot be seen from inside: the loss would be of the last micro-batch."""
     tx = optax.MultiSteps(optax.chain(make(), optax.sgd(0.1)), every_k_schedule=2)
     tx = tx.gradient_transformation() if as_transformation else tx
     with pytest.raises(ValueError, match="MultiSteps") as error:

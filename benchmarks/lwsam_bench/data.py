@@ -292,7 +292,7 @@ def _not_there(name: str, data_dir: str, form: str = "") -> str:
     return (
         f"{name} is not in {data_dir}{form and ' '}{form}. Fetch it once, in any Python"
         " environment that has TensorFlow (only preparing needs it):\n"
-        "  pip install tensorflow-cpu tensorflow-datasets importlib_resources\n"
+        "  pip install tensorflow tensorflow-datasets importlib_resources\n"
         f"  python -c {shlex.quote(prepare)}\n"
         "or name another folder with --data-dir, or a local .npz file with --dataset"
     )

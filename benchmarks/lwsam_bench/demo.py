@@ -48,9 +48,9 @@ class DemoMethod:
 # Each at the radius that was best for it in results/demo-radius.jsonl, on other seeds.
 METHODS = (
     DemoMethod("SGD", "sgd", rho=0.0),
-    DemoMethod("SAM every 2nd step", "sam", rho=0.6, every=2),
-    DemoMethod("SAM", "sam", rho=0.3),
-    DemoMethod("layer-wise SAM, top 4", "lwsam", rho=0.6, k=4),
+    DemoMethod("SAM every 2nd step", "sam", rho=1.2, every=2),
+    DemoMethod("SAM", "sam", rho=0.6),
+    DemoMethod("layer-wise SAM, top 4", "lwsam", rho=0.9, k=4),
 )
 BASE = METHODS[0].label
 

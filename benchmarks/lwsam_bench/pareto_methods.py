@@ -14,7 +14,7 @@ from jax import Array
 import lwsam_jax as lwsam
 
 
-LADDER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6)
+LADDER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6, 2.4, 3.2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,10 @@ def plot_learning_curves(path: pathlib.Path, rows: Sequence[Row]) -> None:
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     # The first epochs are far below what there is to compare.
     axes[0].set_ylim(bottom=max(0.0, _floor_of_interest(rows)))
-    axes[0].legend(loc="lower left", frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False
+    )
     _save(figure, axes, path)
 
 

@@ -1,6 +1,7 @@
 """Tiny Shakespeare as numbers, one for each character, and batches of it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def load(data_dir: str | None = None) -> Text:
         builder = tfds.builder(NAME, data_dir=folder)
         prepared = builder.is_prepared()
         if prepared:
-            source = tfds.data_source(
+            source: Any = tfds.data_source(
                 NAME, split="train", data_dir=folder, download=False
             )
             text = np.frombuffer(source[0]["text"], np.uint8)

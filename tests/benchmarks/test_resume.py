@@ -77,14 +77,9 @@ def test_killed_and_resumed(command, unbroken, tmp_path, rows):
     assert_same_run(tmp_path, unbroken, rows)
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-)
-def test_stopped_with_a_checkpoint(
-    command, unbroken, tmp_path, rows, signal_number, expected
-):
-    code, output = stop_half_way(command, tmp_path, signal_number)
-    assert code == expected, output
+def test_interrupted_and_resumed(command, unbroken, tmp_path, rows):
+    code, output = stop_half_way(command, tmp_path, signal.SIGINT)
+    assert code == 130, output
     last = rows(tmp_path / "metrics.jsonl")[-1]["step"]
     assert f"stopped at step {last} of {STEPS}" in output
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
@@ -92,3 +87,11 @@ def test_stopped_with_a_checkpoint(
     assert code == 0, output
     assert f"going on from step {last}" in output
     assert_same_run(tmp_path, unbroken, rows)
+
+
+def test_terminated(command, unbroken, tmp_path, rows):
+    del unbroken  # has filled the cache
+    code, output = stop_half_way(command, tmp_path, signal.SIGTERM)
+    assert code == 143, output
+    last = rows(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "checkpoints" / str(last)).is_dir()
