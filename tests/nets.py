@@ -188,6 +188,27 @@ def while_loop_on_a_perturbed_weight():
 
 
 @case
+def while_loop_whose_gradient_a_block_drops():
+    """Into the loop no gradient may be asked for: JAX has none."""
+
+    scaled = lambda w, h, scale: jnp.tanh(h @ w) * scale
+    block = jax.custom_jvp(scaled)
+
+    @block.defjvp
+    def _(primals, tangents):
+        frozen = lambda w, h: scaled(w, h, primals[2])
+        return jax.jvp(frozen, primals[:2], tangents[:2])
+
+    def loss(p, x):
+        h = body1(p, x)
+        grow = lambda s: s * 1.5
+        scale = jax.lax.while_loop(lambda s: jnp.sum(s) < 40.0, grow, jnp.abs(h))
+        return head(p, block(p["m_mid"]["kernel"], h, scale))
+
+    return mlp_case(loss)
+
+
+@case
 def cond_over_two_layers():
     def loss(p, x):
         h = jnp.tanh(affine(p["z_in"], x))

@@ -106,7 +106,7 @@ def oracle(dtype, layers=WEIGHTS, **hyper):
 
 def compare(record, step, dtype):
     """One step's selection, norms, value and parameters, with those of the oracle."""
-    rtol = 1e-10 if dtype == np.float64 else 3e-5
+    rtol = 1e-10 if dtype == np.float64 else 2e-4  # momentum amplifies rounding
     assert set(record["selected"]) == set(step.selected)
     np.testing.assert_allclose(record["value"], step.value, rtol=rtol)
     for name, norm in step.norms.items():

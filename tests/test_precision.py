@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lwsam_jax as lwsam
@@ -157,6 +158,30 @@ def test_complex_weights_are_perturbed_uphill():
     np.testing.assert_allclose(out.perturbed_value, moved, rtol=1e-6)
     assert float(out.perturbed_value) > float(out.value)
     np.testing.assert_allclose(out.norms[0], jnp.linalg.norm(out.grads["w"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["none", "selected", "full"])
+@pytest.mark.parametrize("form", ["value_fn", "grad_fn"])
+def test_no_promotion_happens_by_accident(form, normalize):
+    """Under strict rules a mix of dtypes, or of ranks, is an error."""
+    params = {
+        "bias": jnp.ones(3),
+        "v": jnp.ones((3, 3)),
+        "w": jnp.ones((3, 3), jnp.bfloat16),
+    }
+    loss = lambda p: sum(jnp.sum(x.astype(jnp.float32)) for x in p.values())
+    tx = lwsam.layerwise_sam(
+        k=1, rho=optax.linear_schedule(0.1, 0.2, 9), alpha=0.7, normalize=normalize
+    )
+    extra = {form: loss if form == "value_fn" else jax.grad(loss)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for selection in (None, (), ("v", "w"), lwsam.Cover(("v", "w"))):
+            jax.eval_shape(
+                lambda p, on=selection: tx.update(
+                    p, tx.init(p), p, selection=on, **extra
+                ),
+                params,
+            )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (2, 1, 3)])

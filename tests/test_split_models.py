@@ -61,6 +61,32 @@ def test_names_are_in_pytree_order(name):
     assert layers_of(name).names == made(name).names
 
 
+def test_the_other_rules_name_modules_and_leaves():
+    """A BatchNorm owns no weight and is no module of its own; its leaves are leaves."""
+    params = made("linen_residual_cnn").params
+    names = lwsam.Layers.of(params, lwsam.modules).names
+    assert names == ("Block_0/Conv_0", "Block_0/Conv_1", "Conv_0", "Dense_0")
+    assert lwsam.Layers.of(params, lwsam.leaves).names == (
+        "Block_0/BatchNorm_0/bias",
+        "Block_0/BatchNorm_0/scale",
+        "Block_0/Conv_0",
+        "Block_0/Conv_1",
+        "Conv_0/bias",
+        "Conv_0",
+        "Dense_0/bias",
+        "Dense_0",
+    )
+
+
+@pytest.mark.parametrize("rule", [lwsam.weights, lwsam.modules, lwsam.leaves])
+def test_nnx_states_and_pure_trees_have_the_same_names(rule):
+    nnx = pytest.importorskip("flax.nnx")
+    params = made("nnx_residual_cnn").params
+    names = lwsam.Layers.of(params, rule).names
+    assert not any("value" in name or "kernel" in name for name in names)
+    assert lwsam.Layers.of(nnx.to_pure_dict(params), rule).names == names
+
+
 @pytest.mark.parametrize("name", [n for n in MAKERS if n != "layer_used_only_in_aux"])
 def test_depth_runs_from_the_input_to_the_output(name):
     assert depth_order(made(name).params, layers_of(name)) == made(name).depth

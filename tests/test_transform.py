@@ -1,6 +1,7 @@
 """layerwise_sam under JAX: its state, its arguments, jit, scan, vmap, donation."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -81,6 +82,18 @@ def test_value_is_infinite_before_the_first_loss():
     assert float(lwsam.value(state)) == np.inf
     _, state = tx.update(grads, state, PARAMS, value_fn=LOSS, selection=())
     np.testing.assert_allclose(lwsam.value(state), LOSS(PARAMS), rtol=1e-6)
+
+
+def test_the_third_argument_of_update_is_called_params():
+    tx = chained()
+    assert list(inspect.signature(tx.update).parameters)[:3] == [
+        "updates",
+        "state",
+        "params",
+    ]
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), params=PARAMS, selection=())
+    chex.assert_trees_all_equal_structs(updates, PARAMS)
 
 
 # --- JAX's transformations ------------------------------------------------------------

@@ -6,24 +6,22 @@ repeats, bit for bit, what an unbroken run does.
 """
 
 import dataclasses
-import json
 import pathlib
-import shutil
-import signal
 import time
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from lwsam_bench import data, models
+from lwsam_bench import data, models, run_folder
 from lwsam_bench._errors import UserError
 from lwsam_bench.augment import Batches
 from lwsam_bench.checkpoint import Checkpoints
-from lwsam_bench.config import differences, RunOptions, TrainConfig
+from lwsam_bench.config import RunOptions, TrainConfig
 from lwsam_bench.metrics import MetricsFile, output_folder, Row, write_json
 from lwsam_bench.progress import name_layers, Rate, reading, TrainProgress
 from lwsam_bench.provenance import provenance
+from lwsam_bench.stopping import Stop
 from lwsam_bench.training import Evaluator, make_step, Network
 
 
@@ -37,10 +35,10 @@ def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
       0, or 130 or 143 if SIGINT or SIGTERM ended the run.
     """
     out = output_folder(options.out)
-    folder = out / "checkpoints"
+    folder = out / run_folder.CHECKPOINTS
     if not options.resume:
-        _start_over(out)
-    before = _check_same_run(out, config)
+        run_folder.start_over(out)
+    before = run_folder.check_same_run(out, config)
     with reading(console, config.dataset) as on_record:
         dataset = data.load(config.dataset, options.data_dir, on_record)
     if config.batch_size > len(dataset.train):
@@ -107,7 +105,9 @@ class _Run:
         self.done = checkpoints.latest() or 0
         if self.done:
             self.state, position = checkpoints.restore(self.done, self.state)
-            _refuse_other_run(out, position.get("identity", {}), self.identity)
+            run_folder.refuse_other_run(
+                out, position.get("identity", {}), self.identity
+            )
             # It decides which executables run; they differ in how they round.
             self.step_fn.restore_history(position["history"])
         self.checkpoint_every = options.checkpoint_every or min(
@@ -136,13 +136,13 @@ class _Run:
             return 0
         # A run that is resumed may go on with other code or versions: say so.
         self.record["provenance"].append({"from_step": self.done, **provenance()})
-        write_json(self.out / "config.json", self.record)
+        write_json(self.out / run_folder.CONFIG, self.record)
         if self.done:
             self.console.print(f"going on from step {self.done} of {self.total}")
-        path = self.out / "metrics.jsonl"
+        path = self.out / run_folder.METRICS
         with (
             MetricsFile(path, self.done or None) as metrics,
-            _Stop() as stop,
+            Stop() as stop,
             TrainProgress(self.console, self.total, self.done) as progress,
         ):
             self._steps(metrics, stop, progress)
@@ -156,7 +156,7 @@ class _Run:
         return 0
 
     def _steps(
-        self, metrics: MetricsFile, stop: "_Stop", progress: TrainProgress
+        self, metrics: MetricsFile, stop: "Stop", progress: TrainProgress
     ) -> None:
         rate, first = Rate(), self.done
         started = time.perf_counter()
@@ -212,73 +212,6 @@ class _Run:
         result = self.evaluate(self.state.params, self.state.model_state)
         epoch = self.done / self.batches.steps_per_epoch
         return {"kind": "test", "step": self.done, "epoch": epoch, **result}
-
-
-class _Stop:
-    """Notes the first SIGINT or SIGTERM, so that the step under way can end.
-
-    The second one acts as it always does.
-    """
-
-    def __enter__(self) -> "_Stop":
-        self.signal = 0
-        self._old = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-def _check_same_run(out: pathlib.Path, config: TrainConfig) -> dict[str, Any] | None:
-    """Return the record of the run in a folder, if there is one; refuse another run."""
-    path = out / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        old = record["config"]
-        record["provenance"] = list(record["provenance"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}). Use another --out, or --no-resume to"
-            " start over"
-        ) from error
-    _refuse_other_run(out, old, dataclasses.asdict(config))
-    return record
-
-
-def _refuse_other_run(
-    out: pathlib.Path, old: dict[str, Any], new: dict[str, Any]
-) -> None:
-    changes = differences(old, new)
-    if changes:
-        raise UserError(
-            f"{out} holds a run with another configuration ({'; '.join(changes)}). Use"
-            " another --out, or --no-resume to replace that run"
-        )
-
-
-def _start_over(out: pathlib.Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    try:
-        # First the configuration: without it the rest belongs to no run.
-        for name in ("config.json", "metrics.jsonl"):
-            (out / name).unlink(missing_ok=True)
-        if (out / "checkpoints").exists():
-            shutil.rmtree(out / "checkpoints")
-    except OSError as error:
-        raise UserError(f"cannot replace the run in {out}: {error}") from error
 
 
 def _in_short(row: Row, images_per_second: float, layers: int) -> str:

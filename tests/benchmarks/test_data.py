@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwsam_bench import augment, data
+from lwsam_bench import augment, data, prepared
 from lwsam_bench._errors import UserError
 
 
@@ -37,7 +38,8 @@ def test_digits_are_split_once_and_for_all(digits):
     from sklearn.datasets import load_digits
 
     both = np.concatenate([digits.train.images, digits.test.images]).reshape(1797, -1)
-    known = np.rint(load_digits().data * 255 / 16)
+    digits_of_sklearn: Any = load_digits()
+    known = np.rint(digits_of_sklearn.data * 255 / 16)
     assert sorted(map(bytes, both)) == sorted(map(bytes, known.astype(np.uint8)))
     assert digits.fingerprint() == data.load("digits").fingerprint()
 
@@ -179,13 +181,13 @@ class Head:
     [("cifar10", (32, 32, 3), True), ("fashion_mnist", (28, 28, 1), False)],
 )
 def test_real_data(data_dir, monkeypatch, name, shape, jpeg):
-    decode, sizes = data._decode, []
+    decode, sizes = prepared._decode, []
 
     def decode_head(source, *rest):
         sizes.append(len(source))
         return decode(Head(source), *rest)
 
-    monkeypatch.setattr(data, "_decode", decode_head)
+    monkeypatch.setattr(prepared, "_decode", decode_head)
     dataset = data.load(name, str(data_dir))
     assert sizes == [50_000 if name == "cifar10" else 60_000, 10_000]
     assert dataset.image_shape == shape

@@ -1,5 +1,7 @@
 """The networks are those of their papers, and evaluation counts each image once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +53,8 @@ def test_shapes(name, shape):
 
 def test_parameter_free_shortcut_drops_pixels_and_appends_zeros(getkey):
     block = ResidualBlock(4, 8, 2, rngs=nnx.Rngs(0))
-    block.bn2.scale[...] = jnp.zeros(8)  # leaves the shortcut alone
+    scale: Any = block.bn2.scale
+    scale[...] = jnp.zeros(8)  # leaves the shortcut alone
     x = jax.random.uniform(getkey(), (2, 6, 5, 4))
     y = np.asarray(block(x, train=True))
     np.testing.assert_array_equal(y[..., 2:6], x[:, ::2, ::2])
@@ -97,7 +100,7 @@ def test_evaluation_counts_each_image_once(getkey):
     network = build("smallcnn", (8, 8, 1))
     images = jax.random.randint(getkey(), (11, 8, 8, 1), 0, 256).astype(jnp.uint8)
     split = Split(np.asarray(images), np.arange(11, dtype=np.int32) % 10)
-    mean, std = np.float32([0.3]), np.float32([0.2])
+    mean, std = np.full(1, 0.3, np.float32), np.full(1, 0.2, np.float32)
     logits, _ = network.apply(
         network.params, network.model_state, normalize(images, mean, std), train=False
     )
