@@ -1,5 +1,6 @@
 """Budgets: each step within max_overhead, the mean within mean_overhead; the scan."""
 
+import itertools
 import warnings
 
 import jax
@@ -26,7 +27,7 @@ def loss_fn(params, model_state, batch, key):
 
 def make_params(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), len(WIDTHS) - 1)
-    shapes = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+    shapes = itertools.pairwise(WIDTHS)
     return {
         f"w{i}": jax.random.normal(k, s, dtype)
         for i, (k, s) in enumerate(zip(keys, shapes, strict=True))
