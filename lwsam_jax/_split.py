@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from . import _checks, _jaxpr
@@ -109,7 +110,7 @@ def cut(traced: _jaxpr.Traced, selected: Sequence[int]) -> Cut:
 
 def split(traced: _jaxpr.Traced, selected: Sequence[int]) -> Split:
     """Returns the two parts of a traced loss as functions; arguments as in `cut`."""
-    parts = cut(traced, selected)
+    parts = _without_dead_residuals(traced, cut(traced, selected))
     crossing = [*parts.residuals, *parts.constants]
     inputs = [*parts.rest, *traced.consts]
     build = functools.partial(_jaxpr.make_jaxpr, debug_info=traced.debug_info)
@@ -149,6 +150,64 @@ def _divide(
         else:
             before.append(eqn)
     return before, after
+
+
+def _without_dead_residuals(traced: _jaxpr.Traced, parts: Cut) -> Cut:
+    """Makes constants of residuals that came through a while loop and get no gradient.
+
+    JAX has no reverse mode for a while loop and needs none where the gradient that comes
+    back is known to be zero. Across the cut it would be an array of zeros, so the suffix
+    is first traced to see which of its inputs get a gradient at all.
+    """
+    from_rest = _jaxpr.dependents(parts.before, parts.rest)
+    loops = [
+        v
+        for eqn in parts.before
+        if eqn.primitive.name == "while"
+        for v in eqn.outvars
+        if v in from_rest
+    ]
+    if not loops:
+        return parts
+    looped = _jaxpr.dependents(parts.before, loops)
+    alive = _get_gradients(traced, parts)
+    dead = [v for i, v in enumerate(parts.residuals) if v in looped and i not in alive]
+    residuals = [v for v in parts.residuals if v not in set(dead)]
+    return parts._replace(residuals=residuals, constants=[*parts.constants, *dead])
+
+
+def _get_gradients(traced: _jaxpr.Traced, parts: Cut) -> set[int]:
+    """Returns which residuals the value's backward pass carries a gradient to."""
+    suffix = _jaxpr.as_function(
+        _jaxpr.make_jaxpr(
+            [*parts.chosen, *parts.residuals, *parts.constants],
+            traced.outvars,
+            parts.after,
+            traced.debug_info,
+        )
+    )
+    seen: set[int] = set()
+
+    def watched(index, x):
+        watch = jax.custom_vjp(lambda x: x)
+        watch.defvjp(lambda x: (x, None), lambda _, ct: (seen.add(index) or ct,))
+        return watch(x)
+
+    def backward(chosen, residuals, constants):
+        run = lambda rs: suffix(
+            *chosen, *(watched(i, r) for i, r in enumerate(rs)), *constants
+        )[0]
+        value, pull = jax.vjp(run, residuals)
+        return pull(jnp.ones_like(value))
+
+    inputs = (parts.chosen, parts.residuals, parts.constants)
+    jax.eval_shape(backward, *([_abstract(v) for v in vs] for vs in inputs))
+    return seen
+
+
+def _abstract(v: core.Var) -> jax.ShapeDtypeStruct:
+    aval: Any = v.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def large_remats(traced: _jaxpr.Traced) -> Callable[[core.JaxprEqn], bool]:
