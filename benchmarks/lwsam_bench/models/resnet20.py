@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lwsam_bench.models.init import he_normal
+from lwsam_bench.models.init import he_normal, small_normal
 
 
 BLOCKS = 3  # in each stage
@@ -122,7 +122,9 @@ class ResNet20(nnx.Module):
             stride = 2 if stage > 0 and index == 0 else 1
             setattr(self, name, block(inputs, WIDTHS[stage], stride))
             inputs = WIDTHS[stage]
-        self.dense = nnx.Linear(inputs, num_classes, kernel_init=he_normal, rngs=rngs)
+        self.dense = nnx.Linear(
+            inputs, num_classes, kernel_init=small_normal, rngs=rngs
+        )
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Map images f32[B, H, W, C] to logits f32[B, K]."""
