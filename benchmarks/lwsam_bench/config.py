@@ -10,10 +10,29 @@ from collections.abc import Mapping
 from typing import Any
 
 
-DATASETS = ("digits", "fashion_mnist", "cifar10")
-MODELS = ("smallcnn", "resnet20")
-METHODS = ("sgd", "sam", "lwsam")
+DATASETS = (
+    "digits",
+    "fashion_mnist",
+    "cifar10",
+    "cifar100",
+    "oxford_flowers102",
+    "oxford_flowers102_subset",
+    "tiny_shakespeare",
+)
+# Residual networks of other sizes go by the same scheme: `models.build` reads the name.
+MODELS = (
+    "smallcnn",
+    "resnet20",
+    "wrn16-2",
+    "wrn16-8",
+    "wrn28-10",
+    "vit-b16",
+    "gpt",
+)
+METHODS = ("sgd", "sam", "gsam", "looksam", "lwsam")
 NORMALIZE = ("none", "selected", "full")
+CRITERIA = ("high", "low", "random")
+OPTIMIZERS = ("sgd", "adamw")
 
 # The paper decays at epochs 100 and 130 of 150.
 DECAY_AT = (100 / 150, 130 / 150)
@@ -33,6 +52,12 @@ DATASET_DEFAULTS: Mapping[str, DatasetDefaults] = {
     "digits": DatasetDefaults(model="smallcnn", epochs=40, augment=False),
     "fashion_mnist": DatasetDefaults(model="resnet20", epochs=30, augment=True),
     "cifar10": DatasetDefaults(model="resnet20", epochs=150, augment=True),
+    "cifar100": DatasetDefaults(model="wrn28-10", epochs=200, augment=True),
+    "oxford_flowers102": DatasetDefaults(model="wrn16-2", epochs=100, augment=True),
+    "oxford_flowers102_subset": DatasetDefaults(
+        model="wrn16-2", epochs=100, augment=True
+    ),
+    "tiny_shakespeare": DatasetDefaults(model="gpt", epochs=10, augment=False),
 }
 FILE_DEFAULTS = DatasetDefaults(model="resnet20", epochs=150, augment=True)
 
@@ -45,6 +70,8 @@ class MethodDefaults:
     rho: float
     alpha: float
     normalize: str
+    every: int = 1
+    reuse: float = 0.0
 
 
 METHOD_DEFAULTS: Mapping[str, MethodDefaults] = {
@@ -53,6 +80,12 @@ METHOD_DEFAULTS: Mapping[str, MethodDefaults] = {
     "sam": MethodDefaults(k=0, rho=0.05, alpha=1.0, normalize="selected"),
     # Lee (2024) for CIFAR-10: r = 0.1, alpha = 0.8, and no normalisation (Eq. 3).
     "lwsam": MethodDefaults(k=4, rho=0.1, alpha=0.8, normalize="none"),
+    # Zhao et al. (2022), as the layer-wise paper tuned it: Eq. 3 of that.
+    "gsam": MethodDefaults(k=0, rho=0.1, alpha=0.8, normalize="none"),
+    # Liu et al. (2022): the radius of SAM, ascents in every third step (Lee, Table 1).
+    "looksam": MethodDefaults(
+        k=0, rho=0.05, alpha=1.0, normalize="selected", every=3, reuse=0.7
+    ),
 }
 
 
@@ -61,6 +94,29 @@ class TrainConfig:
     """Everything that decides the result of a training run, and nothing else.
 
     Two runs with equal configurations on one machine end with equal parameters.
+
+    Attributes:
+      dataset: One of `DATASETS`, or the path of an `.npz` file.
+      model: A name that `models.build` knows.
+      method: One of `METHODS`.
+      k: Layers that `lwsam` perturbs.
+      rho: Radius of the perturbation.
+      alpha: Weight of the perturbed gradient.
+      normalize: One of `NORMALIZE`.
+      steps: Length of the run; exactly one of steps and epochs is given.
+      epochs: Length of the run.
+      criterion: Which layers `lwsam` takes: of the largest norms, of the smallest, or
+        drawn at random.
+      every: Period of the ascent in steps, for every method that has one.
+      reuse: Weight of the stored direction in the steps of `looksam` between two ascents.
+      max_overhead: As of `lwsam.LayerwiseSAM`.
+      optimizer: One of `OPTIMIZERS`; `adamw` decouples the weight decay from the loss.
+      train_images: Only so many training images, the first of a fixed random order; None
+        takes all. Of a text, characters.
+      test_images: Only so many test images, likewise.
+      image_size: Sides in pixels to which images are resized; None leaves them. Datasets
+        whose images differ in size have a default of their own.
+      decay_at: Fractions of the run at which the learning rate falls by ten.
     """
 
     dataset: str
@@ -79,6 +135,15 @@ class TrainConfig:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.1
     augment: bool = True
+    criterion: str = "high"
+    every: int = 1
+    reuse: float = 0.0
+    max_overhead: float | None = None
+    optimizer: str = "sgd"
+    train_images: int | None = None
+    test_images: int | None = None
+    image_size: int | None = None
+    decay_at: tuple[float, ...] = DECAY_AT
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of training steps of the whole run."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import pytest
 
@@ -82,3 +83,19 @@ def test_methods_are_tuned_on_other_seeds():
     strip = lambda method: dataclasses.replace(method, label="")
     grid = [strip(method) for method in demo_run.TUNING_GRID]
     assert all(strip(method) in grid for method in demo.METHODS)
+
+
+def test_the_rows_of_the_tuning_are_there(rows):
+    from lwsam_bench import demo
+
+    results = pathlib.Path(demo.__file__).parents[1] / "results" / "demo-radius.jsonl"
+    if not results.exists():
+        pytest.skip("installed without the results")
+    origins, tried = set(), set()
+    for row in rows(results):
+        if row["kind"] == "origin":
+            origins |= {*row["config"]["seeds"]}
+        else:
+            tried.add((row["method"], row["k"], row["every"], row["rho"]))
+    assert not origins & {*demo.DemoConfig().seeds}
+    assert tried >= {(*method.kind, method.rho) for method in demo.METHODS}

@@ -1,11 +1,14 @@
 """A run that was stopped, by whatever, ends as if it had not been."""
 
+import os
 import signal
 import time
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+from lwsam_bench.stopping import Stop
 
 
 STEPS = 60
@@ -95,3 +98,15 @@ def test_terminated(command, unbroken, tmp_path, rows):
     assert code == 143, output
     last = rows(tmp_path / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+def test_both_signals_are_noted_once():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
+        with Stop() as stop:
+            assert not stop.signal
+            os.kill(os.getpid(), number)
+            assert stop.signal == number
+            # The second one acts as it always does.
+            assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is before
