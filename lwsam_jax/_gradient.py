@@ -32,6 +32,20 @@ class LayerwiseGrad(NamedTuple):
     perturbed_value: jax.Array
 
 
+class Passes(NamedTuple):
+    """Both gradients of the leaves that may be perturbed; none in a plain step.
+
+    Attributes:
+      selected: Their places among the leaves of the parameters.
+      ascent: Gradient at the parameters, for each of them.
+      descent: Gradient at the perturbed point, for each of them.
+    """
+
+    selected: Sequence[int] = ()
+    ascent: Sequence[jax.Array] = ()
+    descent: Sequence[jax.Array] = ()
+
+
 def value_and_grad(
     loss_fn: Callable[..., Any],
     selection: tuple[str, ...] | Cover,
@@ -100,6 +114,35 @@ def value_and_grad(
       Lee, Layer-wise Adaptive Gradient Norm Penalizing Method for Efficient and Accurate
       Deep Learning, KDD 2024, arXiv:2503.14205; Algorithm 1, Eq. 6.
     """
+    with_passes = value_and_passes(
+        loss_fn,
+        selection,
+        rho=rho,
+        alpha=alpha,
+        normalize=normalize,
+        rule=rule,
+        layers=layers,
+        has_aux=has_aux,
+        aux_from=aux_from,
+        axis_name=axis_name,
+    )
+    return lambda params, *args, mask=None: with_passes(params, *args, mask=mask)[0]
+
+
+def value_and_passes(
+    loss_fn: Callable[..., Any],
+    selection: tuple[str, ...] | Cover,
+    *,
+    rho: Any,
+    alpha: Any,
+    normalize: str = "none",
+    rule: Rule | None = None,
+    layers: Layers | None = None,
+    has_aux: bool = False,
+    aux_from: str = "clean",
+    axis_name: Any = None,
+) -> Callable[..., tuple[LayerwiseGrad, Passes]]:
+    """As `value_and_grad`; the function returns both gradients as well."""
     who = "lwsam.value_and_grad"
     remedy = "Pass the loss, loss_fn(params, *args) -> scalar."
     _checks.is_callable(who, "loss_fn", loss_fn, remedy)
@@ -109,7 +152,9 @@ def value_and_grad(
     _checks.choice(who, "aux_from", aux_from, _checks.AUX_FROM)
     loss_fn = scalar_loss(who, "loss_fn", loss_fn, has_aux)
 
-    def penalized(params: Any, *args: Any, mask: Any = None) -> LayerwiseGrad:
+    def penalized(
+        params: Any, *args: Any, mask: Any = None
+    ) -> tuple[LayerwiseGrad, Passes]:
         known = Layers.of(params, rule) if layers is None else layers
         known.flatten(who, "params", params)
         _refuse_integers(who, params)
@@ -122,7 +167,7 @@ def value_and_grad(
         params = _varying(params, axis_name)
         loss = lambda p: loss_fn(p, *args)
         if not chosen or (_checks.is_number(rho) and rho == 0):
-            return _plain(loss, params, known, axis_name)
+            return _plain(loss, params, known, axis_name), Passes()
         return _penalized(
             loss,
             params,
@@ -159,7 +204,7 @@ def _penalized(
     normalize: str,
     aux_from: str,
     axis_name: Any,
-) -> LayerwiseGrad:
+) -> tuple[LayerwiseGrad, Passes]:
     leaves, treedef = jax.tree.flatten(params)
     selected = [i for i, layer in enumerate(layers.leaf_layer) if layer in set(chosen)]
     others = [i for i in range(len(leaves)) if i not in set(selected)]
@@ -199,7 +244,8 @@ def _penalized(
     outputs = clean if aux_from == "clean" else perturbed
     _, aux = jax.tree.unflatten(parts.out_tree, [value, *outputs])
     norms = layers.norms(assemble(descent))
-    return LayerwiseGrad(value, aux, assemble(combined), norms, perturbed_value)
+    out = LayerwiseGrad(value, aux, assemble(combined), norms, perturbed_value)
+    return out, Passes(selected, ascent, descent)
 
 
 def _run_suffix(

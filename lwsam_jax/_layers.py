@@ -194,6 +194,11 @@ class Layers:
         """Returns the number of layers, L."""
         return len(self.names)
 
+    @property
+    def member_leaves(self) -> tuple[int, ...]:
+        """The places of the leaves that belong to a layer."""
+        return tuple(i for i, layer in enumerate(self.leaf_layer) if layer >= 0)
+
     def norms(self, grads: Any) -> jax.Array:
         """Returns the L2 norm of each layer's gradient.
 

@@ -37,10 +37,10 @@ def every(n: int) -> Callable[[jax.Array], jax.Array]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerwiseSAM:
-    """Hyperparameters of layer-wise SAM, one argument for each axis of the SAM family.
+    r"""Hyperparameters of layer-wise SAM, one argument for each axis of the SAM family.
 
     Which layers are perturbed (`k` or `select`), how (`rho`, `normalize`), how both
-    gradients are combined (`alpha`), and in which steps (`when`).
+    gradients are combined (`alpha`), and in which steps (`when`, `reuse`).
 
     Attributes:
       k: Number of layers of the largest gradient norm; exactly one of k and select.
@@ -55,7 +55,13 @@ class LayerwiseSAM:
       axis_name: Mapped axis inside pmap or shard_map; `TrainStep` sets its own.
       seed: Seed of selectors that draw at random.
       when: Predicate `step_count int32[] -> bool[]`, such as `lwsam.every(2)`; the other
-        steps are plain. None perturbs in every step.
+        steps are plain, but for `reuse`. None perturbs in every step.
+      reuse: Only for `TrainStep`, and only where every layer is perturbed: the steps in
+        which `when` is false add a stored direction to their gradient g, as
+        $g + a\,(\|g\| / \|g_v\|)\,g_v$. The weight $a$ is `reuse`, finite and >= 0; $g_v$
+        is the part of the last perturbed gradient that is orthogonal to its ascent
+        gradient. This is LookSAM (Liu et al., CVPR 2022, arXiv:2203.02714). None runs
+        them plain.
       max_overhead: Only for `TrainStep`: no step costs more than 1 + max_overhead plain
         gradients in FLOPs; the layers are chosen among those that keep it so.
       mean_overhead: Only for `TrainStep`: the mean step costs no more than
@@ -81,6 +87,7 @@ class LayerwiseSAM:
     when: Callable[[jax.Array], jax.Array] | None = None
     max_overhead: float | None = None
     mean_overhead: float | None = None
+    reuse: float | None = None
 
     def __post_init__(self) -> None:
         """Checks what can be checked before parameters are known."""
@@ -118,6 +125,23 @@ class LayerwiseSAM:
             if bound is not None:
                 remedy = "0.1 allows for 1.1 plain gradients; None sets no bound."
                 _checks.non_negative(_WHO, name, bound, remedy)
+        if self.reuse is not None:
+            self._check_reuse()
+
+    def _check_reuse(self) -> None:
+        remedy = "0.7 is a common weight; None runs the steps between ascents plain."
+        _checks.non_negative(_WHO, "reuse", self.reuse, remedy)
+        budget = self.max_overhead is not None or self.mean_overhead is not None
+        everywhere = self.select is _selectors.everything()
+        number = _checks.is_number(self.reuse)
+        if not number or not everywhere or self.when is None or budget:
+            expected = "a number, `select` everything(), with `when` and no budget"
+            remedy = (
+                "LookSAM: select=lwsam.everything(), when=lwsam.every(3), reuse=0.7."
+            )
+            raise ValueError(
+                _checks.message(_WHO, "reuse", expected, self.reuse, remedy)
+            )
 
     @property
     def is_plain(self) -> bool:

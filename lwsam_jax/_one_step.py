@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _budget, _gradient, _tree
+from . import _budget, _gradient, _perturbation, _tree
 from ._cost import StepCost
 from ._devices import Devices
 from ._layers import Layers
@@ -101,7 +101,10 @@ class OneStep:
             model_state=model_state,
             opt_state=self._optimizer.init(params),
             method_state=method_state._replace(
-                mask=masks[0], pending=tuple(masks[1:]), budget=budget
+                mask=masks[0],
+                pending=tuple(masks[1:]),
+                budget=budget,
+                direction=self._no_direction(params),
             ),
             key=key,
             step=jnp.zeros((), jnp.int32),
@@ -116,7 +119,7 @@ class OneStep:
             selection = ()
         mask = state.method_state.mask if isinstance(selection, Cover) else None
         key = self._devices.local_key(jax.random.fold_in(state.key, state.step))
-        out = _gradient.value_and_grad(
+        out, passes = _gradient.value_and_passes(
             self._loss_fn,
             selection,
             rho=method.rho_at(state.step),
@@ -127,6 +130,10 @@ class OneStep:
             axis_name=axis,
         )(state.params, state.model_state, batch, key, mask=mask)
         model_state, metrics = self._devices.average(*out.aux)
+        direction = state.method_state.direction
+        if direction:
+            grads, direction = self._reuse(out.grads, passes, direction)
+            out = out._replace(grads=grads)
         updates, opt_state = self._optimizer.update(
             out.grads, state.opt_state, state.params, value=out.value
         )
@@ -140,7 +147,11 @@ class OneStep:
         )
         method_state = method.advance(
             state.method_state, out.norms, out.value, layers, queue[0]
-        )._replace(pending=queue[1:], budget=_budget.Budget(unspent, mean))
+        )._replace(
+            pending=queue[1:],
+            budget=_budget.Budget(unspent, mean),
+            direction=direction,
+        )
         new_state = TrainState(
             params=optax.apply_updates(state.params, updates),
             model_state=model_state,
@@ -160,6 +171,34 @@ class OneStep:
             finite=_tree.all_finite((out.value, out.perturbed_value, out.grads)),
         )
         return new_state, info, decided
+
+    def _no_direction(self, params: Any) -> tuple[jax.Array, ...]:
+        if self._method.reuse is None or self._method.is_plain:
+            return ()
+        leaves = jax.tree.leaves(params)
+        return tuple(jnp.zeros_like(leaves[i]) for i in self._layers.member_leaves)
+
+    def _reuse(
+        self,
+        grads: Any,
+        passes: _gradient.Passes,
+        direction: tuple[jax.Array, ...],
+    ) -> tuple[Any, tuple[jax.Array, ...]]:
+        """Adds the stored direction to a plain gradient, or stores a new one."""
+        members = self._layers.member_leaves
+        if passes.selected:
+            found = _perturbation.orthogonal_part(passes.ascent, passes.descent)
+            stored = {
+                **dict(zip(members, direction, strict=True)),
+                **dict(zip(passes.selected, found, strict=True)),
+            }
+            return grads, tuple(stored[i] for i in members)
+        leaves, treedef = jax.tree.flatten(grads)
+        mine = [leaves[i] for i in members]
+        added = _perturbation.add_stored(mine, direction, self._method.reuse)
+        for i, leaf in zip(members, added, strict=True):
+            leaves[i] = leaf
+        return jax.tree.unflatten(treedef, leaves), direction
 
     def _perturbed(
         self, selection: tuple[str, ...] | Cover, mask: jax.Array

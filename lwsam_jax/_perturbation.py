@@ -83,3 +83,35 @@ def combine(
         m if on is None else jnp.where(on, m, d)
         for d, m, on in zip(descent, mixed, active, strict=True)
     ]
+
+
+def orthogonal_part(
+    ascent: Sequence[jax.Array], descent: Sequence[jax.Array]
+) -> list[jax.Array]:
+    r"""Returns $\hat g - \langle\hat g, g\rangle\,g / \|g\|^2$, over all leaves at once.
+
+    What LookSAM (Liu et al., CVPR 2022, arXiv:2203.02714) keeps of a perturbed gradient
+    for the steps to come. A zero ascent gradient gives the descent gradient.
+    """
+    dtype = _tree.accumulation_dtype(*ascent, *descent)
+    share = _tree.inner(descent, ascent, dtype) * _tree.reciprocal(
+        _tree.inner(ascent, ascent, dtype)
+    )
+    return [
+        _tree.add_scaled(d, -share, g) for g, d in zip(ascent, descent, strict=True)
+    ]
+
+
+def add_stored(
+    grads: Sequence[jax.Array], direction: Sequence[jax.Array], weight: Any
+) -> list[jax.Array]:
+    r"""Returns $g + a\,(\|g\| / \|g_v\|)\,g_v$ for a stored $g_v$ and a weight $a$.
+
+    The step of LookSAM between two ascents. A zero $g_v$ gives $g$.
+    """
+    dtype = _tree.accumulation_dtype(*grads, *direction)
+    scale = jnp.asarray(weight).astype(dtype) * _tree.norm(grads, dtype)
+    scale = scale * _tree.reciprocal(_tree.norm(direction, dtype))
+    return [
+        _tree.add_scaled(g, scale, v) for g, v in zip(grads, direction, strict=True)
+    ]

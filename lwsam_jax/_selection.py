@@ -124,6 +124,8 @@ class LayerwiseSAMState(NamedTuple):
       pending: Only in a `TrainState`: `selection_lag` masks bool[L] of the steps after
         the next.
       budget: Only in a `TrainState`: what was spent and saved.
+      direction: Only in a `TrainState`, and only with `reuse`: for each leaf that belongs
+        to a layer, the stored direction, 0 at first.
     """
 
     step_count: jax.Array
@@ -133,6 +135,7 @@ class LayerwiseSAMState(NamedTuple):
     layers: StaticLayers
     pending: tuple[jax.Array, ...] = ()
     budget: Any = ()
+    direction: tuple[jax.Array, ...] = ()
 
 
 def _is_multi_steps(node: Any) -> bool:

@@ -44,6 +44,17 @@ def norm(leaves: Sequence[jax.Array], dtype: jnp.dtype | None = None) -> jax.Arr
     return jnp.sqrt(total)
 
 
+def inner(
+    xs: Sequence[jax.Array], ys: Sequence[jax.Array], dtype: jnp.dtype
+) -> jax.Array:
+    """Returns the inner product over all leaves, the real part for complex ones."""
+    total = jnp.zeros((), dtype)
+    for x, y in zip(xs, ys, strict=True):
+        product = jnp.real(_wide(x) * jnp.conj(_wide(y)))
+        total = total + jnp.sum(product).astype(dtype)
+    return total
+
+
 def reciprocal(x: jax.Array) -> jax.Array:
     """Returns 1 / x where x > 0, and 0 elsewhere; never divides by zero."""
     positive = x > 0
