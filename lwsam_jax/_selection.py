@@ -217,8 +217,8 @@ def selection(state: Any, cover: str | None = None) -> tuple[str, ...] | Cover:
       A hashable value: pass it to a jitted step as a static argument.
 
     Raises:
-      ValueError: If there is none or several of our states, one inside MultiSteps, or an
-        unknown `cover`.
+      ValueError: If there is none or several of our states, one inside MultiSteps, an
+        unknown `cover`, or a leading axis over which the masks differ (an ensemble).
       TypeError: Under tracing, where the mask has no value yet.
 
     Examples:
@@ -249,8 +249,23 @@ def selection(state: Any, cover: str | None = None) -> tuple[str, ...] | Cover:
             )
         )
     mask = read_mask(mask)
-    mask = mask if mask.ndim == 1 else mask.reshape(-1, len(layers))[0]
+    if mask.ndim > 1:
+        mask = _one_of_equals(who, mask.reshape(-1, len(layers)))
     return depth_cover(layers, mask) if cover else layers.selected(mask)
+
+
+def _one_of_equals(who: str, masks: np.ndarray) -> np.ndarray:
+    """Returns the mask that all devices share; members of an ensemble have their own."""
+    if (masks != masks[0]).any():
+        remedy = (
+            "A static selection holds for one model: take the state of one member, or "
+            "leave the selection to the traced mask (selection=None)."
+        )
+        got = f"{len(masks)} different ones (a vmapped ensemble?)"
+        raise ValueError(
+            _checks.message(who, "state", "one mask for all devices", got, remedy)
+        )
+    return masks[0]
 
 
 def read_mask(mask: Any) -> np.ndarray:

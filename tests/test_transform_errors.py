@@ -280,6 +280,14 @@ def test_reading_the_selection_under_jit_raises():
     says(error, "state")
 
 
+def test_an_ensemble_whose_members_disagree_has_no_one_selection():
+    state = make().init(PARAMS)
+    masks = jnp.stack([state.mask, ~state.mask])
+    with pytest.raises(ValueError, match="ensemble") as error:
+        lwsam.selection(state._replace(mask=masks))
+    says(error, "state", "2")
+
+
 @pytest.mark.parametrize("as_transformation", [False, True])
 def test_multi_steps_raises_when_the_selection_is_read(as_transformation):
     """It cannot be seen from inside: the loss would be of the last micro-batch."""
