@@ -117,6 +117,19 @@ def test_look_sam_over_devices():
     np.testing.assert_allclose(ours, follow_look_sam(3), rtol=1e-4, atol=1e-5)
 
 
+def test_look_sam_inside_a_compiled_loop():
+    with enable_x64(True):
+        params = {n: jnp.asarray(x) for n, x in reference.mlp_params().items()}
+        batches = jax.tree.map(lambda *xs: np.stack(xs), *reference.mlp_batches(STEPS))
+        step = lwsam.TrainStep(loss_fn, optax.sgd(RATE), look_sam(3))
+        first = jax.tree.map(lambda x: x[0], batches)
+        state = step.init(params, {}, first, key=jax.random.key(0))
+        state, infos = step.scan(state, batches)
+        last = flat(state.params)
+    np.testing.assert_array_equal(infos.mask.all(axis=1), np.arange(STEPS) % 3 == 0)
+    np.testing.assert_allclose(last, follow_look_sam(3)[-1], rtol=1e-9, atol=1e-12)
+
+
 def test_without_a_radius_look_sam_is_the_base_optimizer():
     base = run(lwsam.LayerwiseSAM(k=0, rho=0.0, alpha=1.0))
     np.testing.assert_array_equal(run(look_sam(2, rho=0.0)), base)
