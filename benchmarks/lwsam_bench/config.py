@@ -117,6 +117,8 @@ class TrainConfig:
       image_size: Sides in pixels to which images are resized; None leaves them. Datasets
         whose images differ in size have a default of their own.
       decay_at: Fractions of the run at which the learning rate falls by ten.
+      weights: File of published weights for a network that is fine-tuned. It is the
+        content that decides, not the path.
     """
 
     dataset: str
@@ -144,6 +146,7 @@ class TrainConfig:
     test_images: int | None = None
     image_size: int | None = None
     decay_at: tuple[float, ...] = DECAY_AT
+    weights: str | None = None
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of training steps of the whole run."""

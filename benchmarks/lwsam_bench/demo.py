@@ -19,14 +19,9 @@ import lwsam_jax as lwsam
 from lwsam_bench import data, models
 from lwsam_bench.augment import Batches
 from lwsam_bench.measure import Stopwatch
+from lwsam_bench.methods import make_method
 from lwsam_bench.metrics import Row
-from lwsam_bench.training import (
-    Evaluator,
-    make_loss_fn,
-    make_method,
-    make_schedule,
-    Network,
-)
+from lwsam_bench.training import Evaluator, make_loss_fn, make_schedule, Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +29,7 @@ class DemoMethod:
     """One row of the table."""
 
     label: str
-    method: str  # as `training.make_method` knows it
+    method: str  # as `make_method` knows it
     rho: float
     k: int = 0
     every: int = 1

@@ -13,16 +13,17 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from lwsam_bench import data, models, run_folder
+import lwsam_jax as lwsam
+from lwsam_bench import run_folder, tasks
 from lwsam_bench._errors import UserError
-from lwsam_bench.augment import Batches
 from lwsam_bench.checkpoint import Checkpoints
 from lwsam_bench.config import RunOptions, TrainConfig
 from lwsam_bench.metrics import MetricsFile, output_folder, Row, write_json
 from lwsam_bench.progress import name_layers, Rate, reading, TrainProgress
 from lwsam_bench.provenance import provenance
 from lwsam_bench.stopping import Stop
-from lwsam_bench.training import Evaluator, make_step, Network
+from lwsam_bench.tasks import Task
+from lwsam_bench.training import make_step
 
 
 CHECKPOINTS_IN_A_RUN = 10  # unless the user says how many steps lie between two
@@ -40,15 +41,10 @@ def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
         run_folder.start_over(out)
     before = run_folder.check_same_run(out, config)
     with reading(console, config.dataset) as on_record:
-        dataset = data.load(config.dataset, options.data_dir, on_record)
-    if config.batch_size > len(dataset.train):
-        raise UserError(
-            f"--batch-size {config.batch_size} is more than the"
-            f" {len(dataset.train)} training images of {config.dataset}"
-        )
+        task = tasks.make(config, options.data_dir, on_record)
     checkpoints = Checkpoints(folder)
     try:
-        run = _Run(config, options, dataset, checkpoints, out, console, before)
+        run = _Run(config, options, task, checkpoints, out, console, before)
         return run.to_the_end()
     finally:
         checkpoints.close()
@@ -61,46 +57,20 @@ class _Run:
         self,
         config: TrainConfig,
         options: RunOptions,
-        dataset: data.Dataset,
+        task: Task,
         checkpoints: Checkpoints,
         out: pathlib.Path,
         console: Console,
         before: dict[str, Any] | None,
     ):
         self.config, self.options, self.out = config, options, out
-        self.checkpoints, self.console = checkpoints, console
-        mean, std = dataset.statistics()
-        self.batches = Batches(
-            dataset.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            mean=mean,
-            std=std,
-            augment=config.augment,
-        )
-        self.total = config.total_steps(self.batches.steps_per_epoch)
-        network = Network.of(
-            models.build(
-                config.model,
-                image_shape=dataset.image_shape,
-                num_classes=dataset.num_classes,
-                seed=config.seed,
-            )
-        )
-        self.evaluate = Evaluator(network, dataset.test, mean=mean, std=std)
-        self.step_fn, self.learning_rate = make_step(config, network, self.total)
-        try:
-            self.state = self.step_fn.init(
-                network.params,
-                network.model_state,
-                self.batches(0),
-                key=jax.random.key(config.seed),
-            )
-        except ValueError as error:  # more layers wanted than there are
-            raise UserError(str(error)) from error
+        self.task, self.checkpoints, self.console = task, checkpoints, console
+        self.total = config.total_steps(task.steps_per_epoch)
+        self.step_fn, self.learning_rate = make_step(config, task.loss_fn, self.total)
+        self.state = _initial_state(self.step_fn, config, task)
         self.identity = {
             **dataclasses.asdict(config),
-            "data_sha256": dataset.fingerprint(),
+            "data_sha256": task.fingerprint,
         }
         self.done = checkpoints.latest() or 0
         if self.done:
@@ -111,23 +81,17 @@ class _Run:
             # It decides which executables run; they differ in how they round.
             self.step_fn.restore_history(position["history"])
         self.checkpoint_every = options.checkpoint_every or min(
-            self.batches.steps_per_epoch, -(-self.total // CHECKPOINTS_IN_A_RUN)
+            task.steps_per_epoch, -(-self.total // CHECKPOINTS_IN_A_RUN)
         )
         self.record = before or {
             "config": dataclasses.asdict(config),
-            "data": {
-                "name": dataset.name,
-                "version": dataset.version,
-                "note": dataset.note,
-                "train_images": len(dataset.train),
-                "test_images": len(dataset.test),
-            },
-            "parameters": sum(x.size for x in jax.tree.leaves(network.params)),
+            "data": dict(task.source),
+            "parameters": sum(x.size for x in jax.tree.leaves(task.network.params)),
             "total_steps": self.total,
             "provenance": [],
         }
-        if dataset.note:
-            console.print(dataset.note, highlight=False, soft_wrap=True)
+        if task.note:
+            console.print(task.note, highlight=False, soft_wrap=True)
 
     def to_the_end(self) -> int:
         """Run the steps that are left; return the exit code."""
@@ -161,17 +125,18 @@ class _Run:
         rate, first = Rate(), self.done
         started = time.perf_counter()
         while self.done < self.total and not stop.signal:
-            self.state, info = self.step_fn(self.state, self.batches(self.done))
+            self.state, info = self.step_fn(self.state, self.task.batches(self.done))
             self.done += 1
             last = self.done == self.total
             if self.done % self.options.log_every == 0 or last:
                 row = self._train_row(info, time.perf_counter() - started)
                 metrics.write(row)
-                speed = rate((self.done - first) * self.config.batch_size)
-                progress.step(self.done, _in_short(row, speed, len(info.mask)))
+                speed = rate((self.done - first) * self.task.items_per_batch)
+                speed_now = f"{speed:,.0f} {self.task.unit}/s"
+                progress.step(self.done, _in_short(row, speed_now, len(info.mask)))
             else:
                 progress.step(self.done)
-            if self.done % self.batches.steps_per_epoch == 0 or last:
+            if self.done % self.task.steps_per_epoch == 0 or last:
                 row = self._test_row()
                 metrics.write(row)
                 progress.say(
@@ -196,7 +161,7 @@ class _Run:
         return {
             "kind": "train",
             "step": self.done,
-            "epoch": self.done / self.batches.steps_per_epoch,
+            "epoch": self.done / self.task.steps_per_epoch,
             "loss": float(host.value),
             "perturbed_loss": float(host.perturbed_value),
             "accuracy": float(host.metrics["accuracy"]),
@@ -209,14 +174,27 @@ class _Run:
         }
 
     def _test_row(self) -> Row:
-        result = self.evaluate(self.state.params, self.state.model_state)
-        epoch = self.done / self.batches.steps_per_epoch
+        result = self.task.evaluate(self.state.params, self.state.model_state)
+        epoch = self.done / self.task.steps_per_epoch
         return {"kind": "test", "step": self.done, "epoch": epoch, **result}
 
 
-def _in_short(row: Row, images_per_second: float, layers: int) -> str:
+def _initial_state(
+    step_fn: lwsam.TrainStep, config: TrainConfig, task: Task
+) -> lwsam.TrainState:
+    try:
+        return step_fn.init(
+            task.network.params,
+            task.network.model_state,
+            task.batches(0),
+            key=jax.random.key(config.seed),
+        )
+    except ValueError as error:  # more layers wanted than there are
+        raise UserError(str(error)) from error
+
+
+def _in_short(row: Row, speed: str, layers: int) -> str:
     return (
-        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}"
-        f"  {images_per_second:,.0f} images/s"
+        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {speed}"
         f"  perturbed: {name_layers(row['perturbed'], layers)}"
     )

@@ -11,6 +11,7 @@ from lwsam_bench.config import differences, TrainConfig
 
 
 CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
+_NOT_COMPARED = ("weights",)  # a path; what the file holds is part of the identity
 
 
 def check_same_run(out: pathlib.Path, config: TrainConfig) -> dict[str, Any] | None:
@@ -35,12 +36,26 @@ def refuse_other_run(
     out: pathlib.Path, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
     """Raise a UserError that names each entry in which two configurations differ."""
-    changes = differences(old, new)
+    changes = differences(_comparable(old), _comparable(new))
     if changes:
         raise UserError(
             f"{out} holds a run with another configuration ({'; '.join(changes)}). Use"
             " another --out, or --no-resume to replace that run"
         )
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it, with the fields that it does not know.
+
+    A run from before a field was there is one with the field's default.
+    """
+    known = {
+        field.name: field.default
+        for field in dataclasses.fields(TrainConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    whole = json.loads(json.dumps({**known, **config}))
+    return {name: value for name, value in whole.items() if name not in _NOT_COMPARED}
 
 
 def start_over(out: pathlib.Path) -> None:

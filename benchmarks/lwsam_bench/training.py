@@ -1,7 +1,7 @@
 """From a network to a train step: loss, optimizer, method, evaluation."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 import lwsam_jax as lwsam
+from lwsam_bench import methods
 from lwsam_bench.augment import normalize
 from lwsam_bench.config import DECAY_AT, TrainConfig
 from lwsam_bench.data import Split
@@ -24,26 +25,34 @@ LossFn = Callable[[Any, Any, Mapping[str, Array], Array], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A Flax NNX module taken apart: its structure, its parameters, the rest."""
+    """A Flax NNX module taken apart: its structure, its parameters, the rest.
+
+    Attributes:
+      graphdef: The structure.
+      params: The parameters that are trained.
+      model_state: Statistics of BatchNorm, and parameters that are not trained.
+      trainable: The filter of NNX that tells `params` from `model_state`.
+    """
 
     graphdef: Any
     params: Any
-    model_state: Any  # statistics of BatchNorm
+    model_state: Any
+    trainable: Any = nnx.Param
 
     @classmethod
-    def of(cls, model: nnx.Module) -> "Network":
+    def of(cls, model: nnx.Module, trainable: Any = nnx.Param) -> "Network":
         """Take a module apart."""
-        return cls(*nnx.split(model, nnx.Param, ...))
+        return cls(*nnx.split(model, trainable, ...), trainable=trainable)
 
     def apply(
         self, params: Any, model_state: Any, image: Array, *, train: bool
     ) -> tuple[Array, Any]:
-        """Return the logits f32[B, K] and the new model state."""
+        """Return the logits, f32[B, K] of images, and the new model state."""
         # Without copy=True the modules would share their variables with the arguments,
         # and tracing would fail.
         model = nnx.merge(self.graphdef, params, model_state, copy=True)
         logits = model(image, train=train)
-        return logits, nnx.split(model, nnx.Param, ...)[2]
+        return logits, nnx.split(model, self.trainable, ...)[2]
 
 
 def make_loss_fn(
@@ -56,96 +65,101 @@ def make_loss_fn(
     its gradient is `weight_decay * w`. It returns
     `(loss, (new model state, {"accuracy": f32[]}))`.
     """
+    return _loss_fn(network, "image", "label", _smoothed(label_smoothing), weight_decay)
 
+
+def next_character_loss(
+    network: Network, *, weight_decay: float = 0.0, label_smoothing: float = 0.0
+) -> LossFn:
+    """Return the loss of the next character, as `make_loss_fn` does that of a label."""
+    cross_entropy = (
+        _smoothed(label_smoothing)
+        if label_smoothing
+        else optax.softmax_cross_entropy_with_integer_labels
+    )
+    return _loss_fn(network, "text", "next", cross_entropy, weight_decay)
+
+
+def _smoothed(label_smoothing: float) -> Callable[[Array, Array], Array]:
+    def cross_entropy(logits: Array, labels: Array) -> Array:
+        target = jax.nn.one_hot(labels, logits.shape[-1])
+        if label_smoothing:
+            target = optax.smooth_labels(target, label_smoothing)
+        return optax.softmax_cross_entropy(logits, target)
+
+    return cross_entropy
+
+
+def _loss_fn(
+    network: Network,
+    given: str,
+    wanted: str,
+    cross_entropy: Callable[[Array, Array], Array],
+    weight_decay: float,
+) -> LossFn:
     def loss_fn(
         params: Any, model_state: Any, batch: Mapping[str, Array], key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         del key  # no dropout
         logits, model_state = network.apply(
-            params, model_state, batch["image"], train=True
+            params, model_state, batch[given], train=True
         )
-        target = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        if label_smoothing:
-            target = optax.smooth_labels(target, label_smoothing)
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
+        loss = jnp.mean(cross_entropy(logits, batch[wanted]))
         if weight_decay:
             weights = [w for w in jax.tree.leaves(params) if w.ndim >= 2]
             loss += 0.5 * weight_decay * sum(jnp.vdot(w, w) for w in weights)
-        hits = jnp.argmax(logits, -1) == batch["label"]
+        hits = jnp.argmax(logits, -1) == batch[wanted]
         return loss, (model_state, {"accuracy": jnp.mean(hits, dtype=jnp.float32)})
 
     return loss_fn
 
 
-def make_schedule(lr: float, total_steps: int) -> Callable[[Any], Any]:
-    """Return the learning rate: divided by ten at each of `DECAY_AT` of the run.
+def make_schedule(
+    lr: float, total_steps: int, decay_at: Sequence[float] = DECAY_AT
+) -> Callable[[Any], Any]:
+    """Return the learning rate: divided by ten at each of `decay_at` of the run.
 
     It takes the number of steps done, as a Python or a JAX integer.
     """
-    first, second = (max(1, round(at * total_steps)) for at in DECAY_AT)
+    steps = [max(1, round(at * total_steps)) for at in decay_at]
 
     def schedule(count: Any) -> Any:
-        decays = (count >= first) * 1 + (count >= second) * 1
-        return lr * 0.1**decays
+        return lr * 0.1 ** sum((count >= step) * 1 for step in steps)
 
     return schedule
 
 
-def make_method(
-    method: str,
-    *,
-    k: int,
-    rho: Any,
-    alpha: Any,
-    normalize: str,
-    seed: int = 0,
-    when: Any = None,
-) -> lwsam.LayerwiseSAM:
-    """Return the configuration of `sgd`, `sam` or `lwsam`.
+def make_optimizer(
+    config: TrainConfig, schedule: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Return the base optimizer of a run.
 
-    `rho` and `alpha` are floats or schedules.
+    AdamW decays the weights itself, those of rank 2 and more, as the loss does for SGD.
     """
-    if method == "sgd":
-        return lwsam.LayerwiseSAM(k=0, rho=0.0, alpha=1.0)
-    if method == "sam":
-        return lwsam.LayerwiseSAM(
-            select=lwsam.everything(),
-            rule=lwsam.leaves,
-            rho=rho,
-            alpha=alpha,
-            normalize=normalize,
-            seed=seed,
-            when=when,
-        )
-    if method == "lwsam":
-        return lwsam.LayerwiseSAM(
-            k=k, rho=rho, alpha=alpha, normalize=normalize, seed=seed, when=when
-        )
-    raise ValueError(f"`make_method`: unknown method {method!r}")
+    match config.optimizer:
+        case "sgd":
+            return optax.sgd(schedule, momentum=config.momentum)
+        case "adamw":
+            return optax.adamw(
+                schedule,
+                weight_decay=config.weight_decay,
+                mask=lambda params: jax.tree.map(lambda w: w.ndim >= 2, params),
+            )
+    raise ValueError(f"`make_optimizer`: unknown optimizer {config.optimizer!r}")
+
+
+def weight_decay_in_loss(config: TrainConfig) -> float:
+    """Return the weight decay that is part of the loss: none if AdamW applies it."""
+    return 0.0 if config.optimizer == "adamw" else config.weight_decay
 
 
 def make_step(
-    config: TrainConfig, network: Network, total_steps: int
+    config: TrainConfig, loss_fn: LossFn, total_steps: int
 ) -> tuple[lwsam.TrainStep, Callable[[Any], Any]]:
     """Return the train step of a run and its learning rate."""
-    schedule = make_schedule(config.lr, total_steps)
-    step = lwsam.TrainStep(
-        make_loss_fn(
-            network,
-            weight_decay=config.weight_decay,
-            label_smoothing=config.label_smoothing,
-        ),
-        optax.sgd(schedule, momentum=config.momentum),
-        make_method(
-            config.method,
-            k=config.k,
-            rho=config.rho,
-            alpha=config.alpha,
-            normalize=config.normalize,
-            seed=config.seed,
-        ),
-    )
-    return step, schedule
+    schedule = make_schedule(config.lr, total_steps, config.decay_at)
+    optimizer = make_optimizer(config, schedule)
+    return lwsam.TrainStep(loss_fn, optimizer, methods.configure(config)), schedule
 
 
 class Evaluator:

@@ -5,18 +5,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array
 
 from lwsam_bench import data, models, text
 from lwsam_bench.augment import Batches
 from lwsam_bench.models.gpt import GPT
 from lwsam_bench.models.vit import ViT
 from lwsam_bench.models.wrn import WideResNet
-from lwsam_bench.training import LossFn, make_loss_fn, Network
+from lwsam_bench.training import (
+    LossFn,
+    make_loss_fn,
+    Network,
+    next_character_loss,
+)
 
 
 CONTEXT = 128  # characters that the GPT reads
@@ -60,24 +63,6 @@ def make(
     """
     build, default = WORKLOADS[name]
     return build(batch_size or default, data_dir, seed)
-
-
-def next_character_loss(network: Network) -> LossFn:
-    """Return the mean cross-entropy of the next character, as `make_loss_fn` does."""
-
-    def loss_fn(
-        params: Any, model_state: Any, batch: Mapping[str, Array], key: Array
-    ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key  # no dropout
-        logits, model_state = network.apply(
-            params, model_state, batch["text"], train=True
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["next"])
-        hits = jnp.argmax(logits, -1) == batch["next"]
-        metrics = {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
-        return jnp.mean(loss), (model_state, metrics)
-
-    return loss_fn
 
 
 def _images(
@@ -182,7 +167,7 @@ def gpt_workload(
 
 
 def _resnet20(dataset: data.Dataset, rngs: nnx.Rngs) -> nnx.Module:
-    return models.ResNet20(dataset.image_shape[-1], dataset.num_classes, rngs=rngs)
+    return models.ResNet(dataset.image_shape[-1], dataset.num_classes, rngs=rngs)
 
 
 def _wrn(dataset: data.Dataset, rngs: nnx.Rngs) -> nnx.Module:

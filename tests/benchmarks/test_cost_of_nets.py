@@ -10,11 +10,10 @@ from flax import nnx
 import lwsam_jax as lwsam
 from lwsam_bench.measure import flops
 from lwsam_bench.models.gpt import GPT
-from lwsam_bench.models.resnet20 import ResNet20
+from lwsam_bench.models.resnet import ResNet
 from lwsam_bench.models.vit import ViT
 from lwsam_bench.models.wrn import WideResNet
-from lwsam_bench.training import make_loss_fn, Network
-from lwsam_bench.workloads import next_character_loss
+from lwsam_bench.training import make_loss_fn, Network, next_character_loss
 
 
 IMAGES = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros((2,), jnp.int32)}
@@ -22,7 +21,7 @@ TEXT = {name: jnp.zeros((2, 48), jnp.int32) for name in ("text", "next")}
 
 # Real depth and kinds of layers; small widths and batches, which compile sooner.
 NETS = {
-    "ResNet-20": (lambda rngs: ResNet20(3, 10, rngs=rngs), make_loss_fn, IMAGES),
+    "ResNet-20": (lambda rngs: ResNet(3, 10, rngs=rngs), make_loss_fn, IMAGES),
     "WRN-16-2": (lambda rngs: WideResNet(3, 10, rngs=rngs), make_loss_fn, IMAGES),
     "ViT": (
         lambda rngs: ViT(

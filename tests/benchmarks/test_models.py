@@ -12,7 +12,7 @@ import lwsam_jax as lwsam
 from lwsam_bench import models
 from lwsam_bench.augment import normalize
 from lwsam_bench.data import Split
-from lwsam_bench.models.resnet20 import ResidualBlock
+from lwsam_bench.models.resnet import ResidualBlock
 from lwsam_bench.training import Evaluator, make_loss_fn, make_schedule, Network
 
 

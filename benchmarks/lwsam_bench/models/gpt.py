@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lwsam_bench.models.vit import Block, normal
+from lwsam_bench.models.init import normal
+from lwsam_bench.models.vit import Block
 
 
 class GPT(nnx.Module):
@@ -15,7 +16,7 @@ class GPT(nnx.Module):
 
     Args:
       vocabulary: Number of different characters.
-      context: The longest text that it reads.
+      context: The longest text that it reads, in characters.
       width: Features of a token.
       depth: Number of blocks.
       heads: Of each attention.
@@ -34,7 +35,7 @@ class GPT(nnx.Module):
     ):
         self.tokens = nnx.Embed(vocabulary, width, embedding_init=normal, rngs=rngs)
         self.positions = nnx.Param(normal(rngs.params(), (context, width)))
-        self.depth = depth
+        self.depth, self.context = depth, context
         for index in range(depth):
             setattr(self, f"block{index + 1}", Block(width, heads, rngs=rngs))
         self.norm = nnx.LayerNorm(width, rngs=rngs)

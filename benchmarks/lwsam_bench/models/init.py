@@ -1,7 +1,8 @@
 """Initial weights, drawn by NumPy.
 
 XLA takes about a second to compile a random draw of a new shape, so drawing with JAX
-would take longer than the first epochs of a small network.
+would take longer than the first epochs of a small network. Under tracing, where only
+shapes matter (`jax.eval_shape`), nothing is drawn.
 """
 
 import math
@@ -18,7 +19,7 @@ def he_normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Arr
     """Return normal weights of variance 2 / fan-in (He et al., 2015).
 
     Args:
-      key: A PRNG key; not traced.
+      key: A PRNG key.
       shape: Of the weights; the last axis is that of the outputs.
       dtype: Of the weights.
     """
@@ -35,7 +36,17 @@ def small_normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> 
     return _normal(key, shape, 1.0 / 3.0, dtype)
 
 
+def normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Return normal weights of standard deviation 0.02, as transformers have them."""
+    return _draw(key, shape, 0.02, dtype)
+
+
 def _normal(key: Array, shape: Sequence[int], gain: float, dtype: Any) -> Array:
+    return _draw(key, shape, math.sqrt(gain / math.prod(shape[:-1])), dtype)
+
+
+def _draw(key: Array, shape: Sequence[int], scale: float, dtype: Any) -> Array:
+    if isinstance(key, jax.core.Tracer):
+        return jnp.zeros(shape, dtype)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    scale = math.sqrt(gain / math.prod(shape[:-1]))
     return jnp.asarray(scale * rng.standard_normal(tuple(shape)), dtype)

@@ -5,7 +5,8 @@ from flax import nnx
 from jax import Array
 
 from lwsam_bench.models.init import he_normal
-from lwsam_bench.models.resnet20 import batch_norm, conv3x3, ResidualBlock
+from lwsam_bench.models.parts import batch_norm, conv3x3
+from lwsam_bench.models.resnet import ResidualBlock
 
 
 # Channels and stride of each residual block.

@@ -1,24 +1,15 @@
 """Vision transformers (Dosovitskiy et al., 2021), with unrolled blocks."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
+from lwsam_bench.models.init import normal
 
-_STANDARD_DEVIATION = 0.02  # of all initial weights
+
 _EPSILON = 1e-6  # of LayerNorm, as in the original
 _MLP_RATIO = 4  # hidden units of an MLP over the width
-
-
-def normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-    """Return small normal weights, drawn by NumPy as `init.he_normal` does."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    return jnp.asarray(_STANDARD_DEVIATION * rng.standard_normal(tuple(shape)), dtype)
 
 
 class Block(nnx.Module):
@@ -57,7 +48,8 @@ class ViT(nnx.Module):
 
     Args:
       image_shape: Height, width and channels of the images.
-      num_classes: Number of outputs.
+      num_classes: Number of outputs; None for a network without its last layer, that
+        ends with `features`.
       patch: Pixels at each side of a patch.
       width: Features of a token.
       depth: Number of blocks.
@@ -68,7 +60,7 @@ class ViT(nnx.Module):
     def __init__(
         self,
         image_shape: tuple[int, int, int],
-        num_classes: int,
+        num_classes: int | None,
         *,
         patch: int = 16,
         width: int = 384,
@@ -99,15 +91,20 @@ class ViT(nnx.Module):
         for index in range(depth):
             setattr(self, f"block{index + 1}", Block(width, heads, rngs=rngs))
         self.norm = nnx.LayerNorm(width, epsilon=_EPSILON, rngs=rngs)
-        self.dense = nnx.Linear(width, num_classes, kernel_init=normal, rngs=rngs)
+        if num_classes is not None:
+            self.dense = nnx.Linear(width, num_classes, kernel_init=normal, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Map images f32[B, H, W, C] to logits f32[B, K]."""
         del train  # no dropout
+        return self.dense(self.features(x))
+
+    def features(self, x: Array) -> Array:
+        """Map images f32[B, H, W, C] to the class token after the blocks, f32[B, D]."""
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         token = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1) + self.positions[...]
         for index in range(self.depth):
             x = getattr(self, f"block{index + 1}")(x)
-        return self.dense(self.norm(x)[:, 0])
+        return self.norm(x)[:, 0]

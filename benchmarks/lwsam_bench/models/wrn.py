@@ -5,11 +5,10 @@ from flax import nnx
 from jax import Array
 
 from lwsam_bench.models.init import he_normal
-from lwsam_bench.models.resnet20 import batch_norm, conv3x3
+from lwsam_bench.models.parts import batch_norm, conv1x1, conv3x3, places
 
 
-WIDTHS = (16, 32, 64)  # channels of each stage, before they are widened
-STEM_WIDTH = 16
+BASE_WIDTH = 16  # channels of the stem, and of the first stage before it is widened
 
 
 class WideBlock(nnx.Module):
@@ -29,15 +28,7 @@ class WideBlock(nnx.Module):
         self.conv2 = conv3x3(outputs, outputs, 1, rngs)
         self.projection = inputs != outputs
         if self.projection:
-            self.shortcut_conv = nnx.Conv(
-                inputs,
-                outputs,
-                kernel_size=(1, 1),
-                strides=(stride, stride),
-                use_bias=False,
-                kernel_init=he_normal,
-                rngs=rngs,
-            )
+            self.shortcut_conv = conv1x1(inputs, outputs, stride, rngs)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Map f32[B, H, W, inputs] to f32[B, H / stride, W / stride, outputs]."""
@@ -75,24 +66,21 @@ class WideResNet(nnx.Module):
             raise ValueError(
                 f"`WideResNet`: expected a depth of 10, 16, 22, ..., got {depth}"
             )
-        self.names: tuple[str, ...] = ()
-        self.stem_conv = conv3x3(channels, STEM_WIDTH, 1, rngs)
-        inputs = STEM_WIDTH
-        for stage, base in enumerate(WIDTHS):
-            for index in range((depth - 4) // 6):
-                stride = 2 if stage > 0 and index == 0 else 1
-                name = f"stage{stage + 1}_block{index + 1}"
-                block = WideBlock(inputs, width * base, stride, rngs=rngs)
-                setattr(self, name, block)
-                self.names += (name,)
-                inputs = width * base
+        self.blocks = (depth - 4) // 6
+        self.stem_conv = conv3x3(channels, BASE_WIDTH, 1, rngs)
+        inputs = BASE_WIDTH
+        for place in places(self.blocks):
+            outputs = BASE_WIDTH * width * place.widening
+            block = WideBlock(inputs, outputs, place.stride, rngs=rngs)
+            setattr(self, place.name, block)
+            inputs = outputs
         self.last_bn = batch_norm(inputs, rngs)
         self.dense = nnx.Linear(inputs, num_classes, kernel_init=he_normal, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Map images f32[B, H, W, C] to logits f32[B, K]."""
         x = self.stem_conv(x)
-        for name in self.names:
-            x = getattr(self, name)(x, train=train)
+        for place in places(self.blocks):
+            x = getattr(self, place.name)(x, train=train)
         x = nnx.relu(self.last_bn(x, use_running_average=not train))
         return self.dense(jnp.mean(x, axis=(1, 2)))

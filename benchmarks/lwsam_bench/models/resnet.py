@@ -1,4 +1,4 @@
-"""ResNet-20 for small images (He et al., 2016, section 4.2)."""
+"""Residual networks for small images (He et al., 2016, section 4.2)."""
 
 import functools
 
@@ -7,33 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lwsam_bench.models.init import he_normal, small_normal
-
-
-BLOCKS = 3  # in each stage
-WIDTHS = (16, 32, 64)  # channels of each stage
-
-# The running statistics take in a tenth of each batch, as in the original.
-_BN_MOMENTUM = 0.9
-
-
-def conv3x3(inputs: int, outputs: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    """Return a 3 x 3 convolution without bias, for BatchNorm follows it."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        kernel_size=(3, 3),
-        strides=(stride, stride),
-        padding=1,
-        use_bias=False,
-        kernel_init=he_normal,
-        rngs=rngs,
-    )
-
-
-def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Return a BatchNorm over images f32[B, H, W, features]."""
-    return nnx.BatchNorm(features, momentum=_BN_MOMENTUM, epsilon=1e-5, rngs=rngs)
+from lwsam_bench.models.init import small_normal
+from lwsam_bench.models.parts import batch_norm, conv1x1, conv3x3, places
 
 
 class ResidualBlock(nnx.Module):
@@ -66,15 +41,7 @@ class ResidualBlock(nnx.Module):
         self.bn2 = batch_norm(outputs, rngs)
         self.projection = projection and (stride > 1 or inputs != outputs)
         if self.projection:
-            self.shortcut_conv = nnx.Conv(
-                inputs,
-                outputs,
-                kernel_size=(1, 1),
-                strides=(stride, stride),
-                use_bias=False,
-                kernel_init=he_normal,
-                rngs=rngs,
-            )
+            self.shortcut_conv = conv1x1(inputs, outputs, stride, rngs)
             self.shortcut_bn = batch_norm(outputs, rngs)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -96,12 +63,15 @@ class ResidualBlock(nnx.Module):
         return x
 
 
-class ResNet20(nnx.Module):
-    """A convolution, three stages of three residual blocks, mean, dense layer.
+class ResNet(nnx.Module):
+    """A convolution, three stages of residual blocks, mean, dense layer.
 
     Args:
       channels: Of the input images.
       num_classes: Number of outputs.
+      depth: Number of convolutions and dense layers, shortcuts aside: 6 n + 2 for n
+        blocks in each stage.
+      width: Channels of the first stage; each of the other two has twice as many.
       projection: Whether shortcuts that change the shape have parameters.
       rngs: Source of the initial parameters.
     """
@@ -111,17 +81,24 @@ class ResNet20(nnx.Module):
         channels: int,
         num_classes: int,
         *,
+        depth: int = 20,
+        width: int = 16,
         projection: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.stem_conv = conv3x3(channels, WIDTHS[0], 1, rngs)
-        self.stem_bn = batch_norm(WIDTHS[0], rngs)
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(
+                f"`ResNet`: expected a depth of 8, 14, 20, ..., got {depth}"
+            )
+        self.blocks = (depth - 2) // 6
+        self.stem_conv = conv3x3(channels, width, 1, rngs)
+        self.stem_bn = batch_norm(width, rngs)
         block = functools.partial(ResidualBlock, projection=projection, rngs=rngs)
-        inputs = WIDTHS[0]
-        for name, stage, index in _blocks():
-            stride = 2 if stage > 0 and index == 0 else 1
-            setattr(self, name, block(inputs, WIDTHS[stage], stride))
-            inputs = WIDTHS[stage]
+        inputs = width
+        for place in places(self.blocks):
+            outputs = width * place.widening
+            setattr(self, place.name, block(inputs, outputs, place.stride))
+            inputs = outputs
         self.dense = nnx.Linear(
             inputs, num_classes, kernel_init=small_normal, rngs=rngs
         )
@@ -130,15 +107,6 @@ class ResNet20(nnx.Module):
         """Map images f32[B, H, W, C] to logits f32[B, K]."""
         x = self.stem_bn(self.stem_conv(x), use_running_average=not train)
         x = jax.nn.relu(x)
-        for name, _, _ in _blocks():
-            x = getattr(self, name)(x, train=train)
+        for place in places(self.blocks):
+            x = getattr(self, place.name)(x, train=train)
         return self.dense(jnp.mean(x, axis=(1, 2)))
-
-
-def _blocks() -> list[tuple[str, int, int]]:
-    """Name, stage and place in the stage of each block, from the input on."""
-    return [
-        (f"stage{stage + 1}_block{index + 1}", stage, index)
-        for stage in range(len(WIDTHS))
-        for index in range(BLOCKS)
-    ]
