@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 def he_normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
@@ -46,7 +47,7 @@ def _normal(key: Array, shape: Sequence[int], gain: float, dtype: Any) -> Array:
 
 
 def _draw(key: Array, shape: Sequence[int], scale: float, dtype: Any) -> Array:
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         return jnp.zeros(shape, dtype)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     return jnp.asarray(scale * rng.standard_normal(tuple(shape)), dtype)
