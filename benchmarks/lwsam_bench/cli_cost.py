@@ -5,15 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lwsam_bench._errors import UserError
+from lwsam_bench.arguments import DATA_DIR
 
 
 # As in `speed.WORKLOADS` and `pareto.TASKS`, which import JAX; tests compare them.
 SPEED_MODELS = ("resnet20", "wrn16-2", "vit-s", "gpt", "smallcnn")
 PARETO_DATASETS = ("digits", "fashion_mnist")
-
-_DATA_DIR = (
-    "folder of tensorflow-datasets (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)"
-)
 
 
 def add(commands: Any, start: Callable[..., Any], count: Callable[[str], int]) -> None:
@@ -50,7 +47,7 @@ def _add_speed(
     add_to("--batch-size", type=count, help="default: what suits model and CPU")
     add_to("--steps", type=count, help="of each method (default 200)")
     add_to("--burst", type=count, help="steps before the next method has its turn")
-    add_to("--data-dir", help=_DATA_DIR)
+    add_to("--data-dir", help=DATA_DIR)
     add_to("--out", default="lwsam-speed", help="folder for the results")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -99,7 +96,7 @@ def _add_pareto(
     add_to("--seeds", type=count, help="evaluated runs of each method")
     add_to("--steps", type=count, help="of each run")
     add_to("--grid", type=_radii, help="ladder of radii that each method climbs")
-    add_to("--data-dir", help=_DATA_DIR)
+    add_to("--data-dir", help=DATA_DIR)
     add_to("--out", default="lwsam-pareto", help="folder for the results")
     add_to(
         "--docs", help="folder of the documentation whose pareto.md to bring up to date"

@@ -19,16 +19,6 @@ DATASETS = (
     "oxford_flowers102_subset",
     "tiny_shakespeare",
 )
-# Residual networks of other sizes go by the same scheme: `models.build` reads the name.
-MODELS = (
-    "smallcnn",
-    "resnet20",
-    "wrn16-2",
-    "wrn16-8",
-    "wrn28-10",
-    "vit-b16",
-    "gpt",
-)
 METHODS = ("sgd", "sam", "gsam", "looksam", "lwsam")
 NORMALIZE = ("none", "selected", "full")
 CRITERIA = ("high", "low", "random")
@@ -45,19 +35,22 @@ class DatasetDefaults:
     model: str
     epochs: int
     augment: bool
+    batch_size: int = 128
+    label_smoothing: float = 0.1
 
 
+_FLOWERS = DatasetDefaults(model="wrn16-2", epochs=100, augment=True, batch_size=40)
 DATASET_DEFAULTS: Mapping[str, DatasetDefaults] = {
     # Flipping or shifting a digit of 8 x 8 pixels can change what it is.
     "digits": DatasetDefaults(model="smallcnn", epochs=40, augment=False),
     "fashion_mnist": DatasetDefaults(model="resnet20", epochs=30, augment=True),
     "cifar10": DatasetDefaults(model="resnet20", epochs=150, augment=True),
     "cifar100": DatasetDefaults(model="wrn28-10", epochs=200, augment=True),
-    "oxford_flowers102": DatasetDefaults(model="wrn16-2", epochs=100, augment=True),
-    "oxford_flowers102_subset": DatasetDefaults(
-        model="wrn16-2", epochs=100, augment=True
+    "oxford_flowers102": _FLOWERS,
+    "oxford_flowers102_subset": _FLOWERS,
+    "tiny_shakespeare": DatasetDefaults(
+        model="gpt", epochs=10, augment=False, batch_size=64, label_smoothing=0.0
     ),
-    "tiny_shakespeare": DatasetDefaults(model="gpt", epochs=10, augment=False),
 }
 FILE_DEFAULTS = DatasetDefaults(model="resnet20", epochs=150, augment=True)
 
@@ -97,7 +90,7 @@ class TrainConfig:
 
     Attributes:
       dataset: One of `DATASETS`, or the path of an `.npz` file.
-      model: A name that `models.build` knows.
+      model: A name that follows `model_names.SCHEME`.
       method: One of `METHODS`.
       k: Layers that `lwsam` perturbs.
       rho: Radius of the perturbation.

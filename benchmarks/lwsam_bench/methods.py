@@ -8,6 +8,8 @@ from lwsam_bench.config import TrainConfig
 
 def configure(config: TrainConfig) -> lwsam.LayerwiseSAM:
     """Return the method of a run."""
+    # LookSAM with an ascent in every step has a predicate, too: it asks for one.
+    periodic = config.every > 1 or config.method == "looksam"
     return make_method(
         config.method,
         k=config.k,
@@ -15,7 +17,7 @@ def configure(config: TrainConfig) -> lwsam.LayerwiseSAM:
         alpha=config.alpha,
         normalize=config.normalize,
         seed=config.seed,
-        when=lwsam.every(config.every) if config.every > 1 else None,
+        when=lwsam.every(config.every) if periodic else None,
         criterion=config.criterion,
         reuse=config.reuse,
         max_overhead=config.max_overhead,

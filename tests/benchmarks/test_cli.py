@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lwsam_bench.cli import _parser, main, train_config
+from lwsam_bench.cli import _parser, main
+from lwsam_bench.cli_train import train_config
 
 
 def train(*arguments):
@@ -19,6 +20,24 @@ def train(*arguments):
         (["train", "--dataset", "none.npz", "--steps", "1"], "no such file: none.npz"),
         (["train", "--method", "sgd", "--rho", "0.1"], "--rho has no meaning"),
         (["train", "--method", "sam", "--k", "3"], "--k has no meaning"),
+        (["train", "--method", "gsam", "--max-overhead", "1"], "--max-overhead has no"),
+        (["train", "--method", "sgd", "--every", "2"], "--every has no meaning"),
+        (["train", "--method", "looksam", "--alpha", "1"], "--alpha has no meaning"),
+        (["train", "--method", "lwsam", "--reuse", "1"], "--reuse has no meaning"),
+        (
+            ["train", "--optimizer", "adamw", "--momentum", "0"],
+            "--momentum has no mean",
+        ),
+        (["train", "--model", "wrn10-1", "--weights", "x"], "--weights has no meaning"),
+        (["train", "--model", "gpt"], "--model gpt cannot learn from --dataset digits"),
+        (
+            ["train", "--dataset", "tiny_shakespeare", "--augment"],
+            "--augment has no meaning for --model gpt",
+        ),
+        (
+            ["train", "--dataset", "tiny_shakespeare", "--model", "wrn10-1"],
+            "take gpt",
+        ),
         (["train", "--steps", "1", "--batch-size", "5000"], "--batch-size 5000"),
     ],
 )
@@ -51,6 +70,13 @@ def test_missing_data(tmp_path, capsys):
         "--label-smoothing=1",
         "--seed=-1",
         "--model=vgg",
+        "--model=resnet21",
+        "--model=wrn28",
+        "--criterion=best",
+        "--every=0",
+        "--max-overhead=-1",
+        "--optimizer=lion",
+        "--train-images=0",
         "--normalize=some",
     ],
 )
@@ -143,12 +169,32 @@ def test_a_file_of_arrays_is_a_dataset(tmp_path):
     assert json.loads(last)["kind"] == "test"
 
 
+def defaults(*arguments):
+    return train_config(_parser().parse_args(["train", *arguments]))
+
+
 def test_defaults_are_the_recipe_of_the_paper():
-    arguments = _parser().parse_args(["train", "--dataset", "cifar10"])
-    config = train_config(arguments)
+    config = defaults("--dataset", "cifar10")
     assert (config.model, config.method, config.epochs) == ("resnet20", "lwsam", 150)
     assert (config.k, config.rho, config.alpha) == (4, 0.1, 0.8)
     assert config.normalize == "none"
     assert (config.batch_size, config.lr, config.momentum) == (128, 0.1, 0.9)
     assert (config.weight_decay, config.label_smoothing) == (1e-4, 0.1)
     assert config.augment
+
+
+def test_defaults_follow_data_method_and_optimizer():
+    flowers = defaults("--dataset", "oxford_flowers102", "--method", "gsam")
+    assert (flowers.model, flowers.batch_size, flowers.epochs) == ("wrn16-2", 40, 100)
+    assert (flowers.rho, flowers.alpha, flowers.normalize) == (0.1, 0.8, "none")
+    look = defaults("--dataset", "cifar100", "--method", "looksam")
+    assert (look.model, look.epochs, look.every, look.reuse) == (
+        "wrn28-10",
+        200,
+        3,
+        0.7,
+    )
+    text = defaults("--dataset", "tiny_shakespeare", "--optimizer", "adamw")
+    assert (text.model, text.lr, text.label_smoothing) == ("gpt", 0.001, 0.0)
+    assert defaults("--dataset", "cifar100", "--model", "vit-b16").lr == 0.001
+    assert defaults().criterion == "high"
