@@ -1,0 +1,286 @@
+"""The commands `table1`, `table3`, `table4` and `lm`: what each method reaches.
+
+Each takes the scale, the output folder, the folder of tensorflow-datasets and a console,
+trains what is missing and returns what is to be shown.
+"""
+
+import math
+import pathlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from lwsam_bench.config import TrainConfig
+from lwsam_bench.paper import artefact, published, runs, setups
+from lwsam_bench.paper.artefact import Artefact, Table
+from lwsam_bench.paper.outcome import Outcome
+from lwsam_bench.paper.runs import Runs
+
+
+BUDGETED = "budgeted"
+CRITERIA: Mapping[str, str] = {
+    "none": "None (SGD)",
+    "high": "High-Norm",
+    "low": "Low-Norm",
+    "random": "Random",
+}
+# Tables 3 and 4 leave the ViT out.
+BENCHMARKS = ("cifar10", "cifar100", "flowers")
+
+_ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}
+# Label, method, changes.
+_LM: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+    "sgd": ("SGD", "sgd", {}),
+    "adamw": ("AdamW", "sgd", _ADAMW),
+    "gsam": ("AdamW, generalised SAM", "gsam", _ADAMW),
+    "looksam": ("AdamW, LookSAM", "looksam", _ADAMW),
+    "lwsam": ("AdamW, layer-wise SAM", "lwsam", _ADAMW),
+}
+_OURS = (
+    "Ours is the accuracy on the test images after the last step, mean ± standard error"
+    " over the seeds; the published one is mean ± spread over at least three runs."
+)
+_FLOPS = "FLOPs are those of the mean training step over those of a step of SGD."
+
+
+def table1(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Return Table 1: accuracy of the methods on the four benchmarks."""
+    labels = {**setups.METHODS, BUDGETED: setups.BUDGETED}
+
+    def make(benchmark: str, what: str, seed: int) -> TrainConfig:
+        if what == BUDGETED:
+            return setups.config(
+                benchmark, "lwsam", scale, seed, max_overhead=setups.BUDGET
+            )
+        return setups.config(benchmark, what, scale, seed)
+
+    found = runs.train(
+        make,
+        setups.BENCHMARKS,
+        labels,
+        scale,
+        out,
+        data_dir,
+        console,
+        seeds=seeds,
+        jobs=jobs,
+    )
+    tables = []
+    for benchmark in setups.BENCHMARKS:
+        setup = setups.setup(benchmark, scale)
+        numbers = {"looksam": setup.every, "lwsam": setup.k, BUDGETED: setup.k}
+        rows = [
+            (
+                f"{label} ({numbers[what]})" if what in numbers else label,
+                *_measured(found, benchmark, what),
+                _published(published.ACCURACY.get((benchmark, what))),
+            )
+            for what, label in labels.items()
+        ]
+        name = f"{runs.title(benchmark, scale)}, {setup.model}"
+        tables.append(_table(name, "method", rows))
+    extra = (
+        "In brackets: LookSAM's interval, and the k of layer-wise SAM. The last method is"
+        " not in the paper: the k layers are those of the largest norms among the layers"
+        f" that keep every step within {1 + setups.BUDGET:g} steps of SGD.",
+    )
+    return _artefact("table1", found, tables, (_OURS, _FLOPS, *extra))
+
+
+def table3(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Return Table 3: accuracy by the criterion that chooses the layers."""
+
+    def make(benchmark: str, criterion: str, seed: int) -> TrainConfig:
+        if criterion == "none":
+            return setups.config(benchmark, "sgd", scale, seed)
+        return setups.config(benchmark, "lwsam", scale, seed, criterion=criterion)
+
+    found = runs.train(
+        make,
+        BENCHMARKS,
+        CRITERIA,
+        scale,
+        out,
+        data_dir,
+        console,
+        seeds=seeds,
+        jobs=jobs,
+    )
+    tables = []
+    for benchmark in BENCHMARKS:
+        setup = setups.setup(benchmark, scale)
+        rows = [
+            (
+                label,
+                *_measured(found, benchmark, what),
+                _published(published.CRITERION.get((benchmark, what))),
+            )
+            for what, label in CRITERIA.items()
+        ]
+        name = f"{runs.title(benchmark, scale)}, {setup.model}, k = {setup.k}"
+        tables.append(_table(name, "criterion", rows))
+    return _artefact("table3", found, tables, (_OURS, _FLOPS))
+
+
+def table4(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Return Table 4: accuracy and cost by the number of layers."""
+
+    def is_all(benchmark: str, k: int | str) -> bool:
+        return isinstance(k, str) or k >= setups.setup(benchmark, scale).layers
+
+    def make(benchmark: str, k: Any, seed: int) -> TrainConfig:
+        if is_all(benchmark, k):
+            return setups.config(benchmark, "gsam", scale, seed)
+        return setups.config(benchmark, "lwsam", scale, seed, k=k)
+
+    found = runs.train(
+        make,
+        BENCHMARKS,
+        published.KS,
+        scale,
+        out,
+        data_dir,
+        console,
+        seeds=seeds,
+        jobs=jobs,
+    )
+    tables = []
+    for benchmark in BENCHMARKS:
+        setup = setups.setup(benchmark, scale)
+        rows = []
+        for k in published.KS:
+            mean, spread, speed = published.BY_K[benchmark, k]
+            accuracy = published.accuracy(mean, spread)
+            measured = _measured(found, benchmark, k)
+            rows.append((str(k), *measured, accuracy, f"{speed:g}"))
+        beyond = [f"{k}" for k in published.KS if k != "all" and is_all(benchmark, k)]
+        note = (
+            f"{setup.model} has {setup.layers} layers: k = {', '.join(beyond)} is all."
+        )
+        name = f"{runs.title(benchmark, scale)}, {setup.model}"
+        tables.append(
+            _table(name, "k", rows, ("published, images/s",), (note,) if beyond else ())
+        )
+    extra = (
+        "All is generalised SAM, as in the paper, which gives both the same numbers; it"
+        " also perturbs biases and BatchNorm, which are no layers. Our images/s are in"
+        " Table 2.",
+    )
+    return _artefact("table4", found, tables, (_OURS, _FLOPS, *extra))
+
+
+def lm(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Return the perplexity of a small language model; the paper has no such numbers."""
+
+    def make(benchmark: str, what: str, seed: int) -> TrainConfig:
+        _, method, changes = _LM[what]
+        return setups.config(benchmark, method, scale, seed, **changes)
+
+    found = runs.train(
+        make, ["lm"], _LM, scale, out, data_dir, console, seeds=seeds, jobs=jobs
+    )
+    setup = setups.setup("lm", scale)
+    rows = [
+        (
+            label,
+            found.cell("lm", what, perplexity, _three_digits),
+            found.cell("lm", what, runs.flops, runs.times),
+            found.seeds("lm", what),
+            "",
+        )
+        for what, (label, _, _) in _LM.items()
+    ]
+    name = (
+        f"{setups.TITLES['lm']}, {setup.model}, validation perplexity after"
+        f" {setup.steps:,} steps of {setup.batch_size} excerpts"
+    )
+    extra = (
+        "The paper says that small k do for language models, too, but has no numbers of"
+        " one: there is nothing to compare with. Perplexity is the exponential of the"
+        " mean loss of a character; ± is the standard error over the seeds.",
+        f"Layer-wise SAM perturbs {setup.k} of {setup.layers} layers, LookSAM ascends in"
+        f" every step of {setup.every}. The learning rate is {setup.lr:g} for SGD and"
+        f" {_ADAMW['lr']:g} for AdamW, whose weight decay is {_ADAMW['weight_decay']:g};"
+        " nothing was tuned.",
+    )
+    return _artefact("lm", found, [_table(name, "method", rows)], (_FLOPS, *extra))
+
+
+def perplexity(outcome: Outcome) -> float:
+    """Return the perplexity at the end of a run."""
+    assert outcome.end is not None  # it is done
+    return math.exp(outcome.end["loss"])
+
+
+def _measured(found: Runs, benchmark: str, what: Hashable) -> tuple[str, str, str]:
+    return (
+        found.cell(benchmark, what, runs.accuracy, runs.percent),
+        found.cell(benchmark, what, runs.flops, runs.times),
+        found.seeds(benchmark, what),
+    )
+
+
+def _published(number: tuple[float, float] | None) -> str:
+    return "" if number is None else published.accuracy(*number)
+
+
+def _three_digits(mean: float, error: float | None) -> str:
+    return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _table(
+    title: str,
+    first: str,
+    rows: Sequence[tuple[str, ...]],
+    more: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Table:
+    header = (first, "ours", "FLOPs", "seeds", "published", *more)
+    return Table(title, header, tuple(rows), notes)
+
+
+def _artefact(
+    name: str, found: Runs, tables: Sequence[Table], notes: Sequence[str]
+) -> Artefact:
+    return Artefact(
+        name=name,
+        title=artefact.TITLES[name],
+        scale=found.scale,
+        command=artefact.command_line(),
+        tables=tuple(tables),
+        notes=(*notes, *found.notes(), *published.NOTES.get(name, ())),
+        origins=found.origins(),
+    )
