@@ -15,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from lwsam_bench import images
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import DATASETS
 
 
 DIGITS_TRAIN_SIZE = 1_000
-_DIGITS_SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
+# Fixed: every run, whatever its seed, holds out the same images, and learns from the same
+# ones if there are to be fewer.
+_DIGITS_SPLIT_SEED = 0
+_SUBSET_SEED = 0
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -81,6 +85,10 @@ def load(
     name: str,
     data_dir: str | None = None,
     on_record: Callable[[int, int], None] | None = None,
+    *,
+    image_size: int | None = None,
+    train_images: int | None = None,
+    test_images: int | None = None,
 ) -> Dataset:
     """Read a dataset.
 
@@ -90,25 +98,75 @@ def load(
         labels `y_train` and `y_test`, [N].
       data_dir: The folder of tensorflow-datasets; see `default_data_dir`.
       on_record: Called now and then with the records decoded so far and their number.
+      image_size: Sides in pixels to which images are resized, see `images.fit`; None
+        leaves them, but for images that differ in size.
+      train_images: Only so many training images, the first of a fixed random order.
+      test_images: Only so many test images, likewise.
 
     Returns:
       The dataset.
 
     Raises:
-      UserError: If it is not known, not there, or cannot be read.
+      UserError: If it is not known, not there, too small, or cannot be read.
     """
     if name == "digits":
-        return _load_digits()
-    if name.endswith(".npz"):
-        return _load_npz(name)
-    if name in DATASETS:
+        dataset = _load_digits()
+    elif name.endswith(".npz"):
+        dataset = _load_npz(name)
+    elif name in DATASETS:
         from lwsam_bench import prepared  # it takes a while to import
 
-        return prepared.load(name, data_dir or default_data_dir(), on_record)
-    raise UserError(
-        f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, or the path"
-        " of an .npz file"
+        return prepared.load(
+            name,
+            data_dir or default_data_dir(),
+            on_record,
+            image_size=image_size,
+            train_images=train_images,
+            test_images=test_images,
+        )
+    else:
+        raise UserError(
+            f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, or the"
+            " path of an .npz file"
+        )
+    return dataclasses.replace(
+        dataset,
+        train=_reduced(dataset.train, train_images, image_size, "train", name),
+        test=_reduced(dataset.test, test_images, image_size, "test", name),
     )
+
+
+def chosen(size: int, count: int | None, split: str, name: str) -> np.ndarray:
+    """Return the places i64[count] of the images of a split that are to be used.
+
+    Args:
+      size: Images of the split.
+      count: How many of them; None takes all, in their own order.
+      split: Name of the split, `train` or `test`.
+      name: Name of the dataset.
+
+    Raises:
+      UserError: If there are fewer.
+    """
+    if count is None:
+        return np.arange(size)
+    if count > size:
+        raise UserError(
+            f"--{split}-images {count} is more than the {size} images of {name}"
+        )
+    return np.random.default_rng(_SUBSET_SEED).permutation(size)[:count]
+
+
+def _reduced(
+    split: Split, count: int | None, image_size: int | None, which: str, name: str
+) -> Split:
+    if count is not None:
+        places = chosen(len(split), count, which, name)
+        split = Split(split.images[places], split.labels[places])
+    if image_size is not None:
+        fitted = [images.fit(image, image_size) for image in split.images]
+        split = Split(np.stack(fitted), split.labels)
+    return split
 
 
 def default_data_dir() -> str:

@@ -73,7 +73,15 @@ def make(
         )
     if is_text:
         return _text(config, text.load(data_dir))
-    return _images(config, data.load(config.dataset, data_dir, on_record))
+    dataset = data.load(
+        config.dataset,
+        data_dir,
+        on_record,
+        image_size=config.image_size,
+        train_images=config.train_images,
+        test_images=config.test_images,
+    )
+    return _images(config, dataset)
 
 
 def _images(config: TrainConfig, dataset: data.Dataset) -> Task:

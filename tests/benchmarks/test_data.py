@@ -2,14 +2,16 @@
 
 import dataclasses
 import shutil
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
-from lwsam_bench import augment, data, prepared
+from lwsam_bench import augment, data, images, prepared
 from lwsam_bench._errors import UserError
 
 
@@ -163,19 +165,6 @@ def test_npz_that_is_none(tmp_path):
         data.load(str(path))
 
 
-class Head:
-    """The first records of a source: decoding all of them takes half a minute."""
-
-    def __init__(self, source):
-        self._source = source
-
-    def __len__(self):
-        return 200
-
-    def __getitem__(self, i):
-        return self._source[i]
-
-
 @pytest.mark.parametrize(
     ("name", "shape", "jpeg"),
     [("cifar10", (32, 32, 3), True), ("fashion_mnist", (28, 28, 1), False)],
@@ -183,9 +172,9 @@ class Head:
 def test_real_data(data_dir, monkeypatch, name, shape, jpeg):
     decode, sizes = prepared._decode, []
 
-    def decode_head(source, *rest):
-        sizes.append(len(source))
-        return decode(Head(source), *rest)
+    def decode_head(records, *rest):
+        sizes.append(len(records))
+        return decode(records[:200], *rest)  # all of them take half a minute
 
     monkeypatch.setattr(prepared, "_decode", decode_head)
     dataset = data.load(name, str(data_dir))
@@ -196,6 +185,124 @@ def test_real_data(data_dir, monkeypatch, name, shape, jpeg):
     assert set(dataset.train.labels.tolist()) == set(range(10))
     assert dataset.version.startswith("3.0.")
     assert ("JPEG" in dataset.note) == jpeg
+
+
+def test_some_of_the_real_data(data_dir):
+    few = data.load("cifar10", str(data_dir), train_images=30, test_images=20)
+    fewer = data.load("cifar10", str(data_dir), train_images=5, test_images=20)
+    assert (len(few.train), len(few.test)) == (30, 20)
+    np.testing.assert_array_equal(few.train.images[:5], fewer.train.images)
+    np.testing.assert_array_equal(few.test.labels, fewer.test.labels)
+    assert few.fingerprint() != fewer.fingerprint()
+
+
+def test_real_flowers(data_dir, monkeypatch):
+    decode, sizes = prepared._decode, []
+
+    def decode_head(records, *rest):
+        sizes.append(len(records))
+        return decode(records[:8], *rest)
+
+    monkeypatch.setattr(prepared, "_decode", decode_head)
+    dataset = data.load("oxford_flowers102_subset", str(data_dir))
+    assert sizes == [4535, 775 + 757]  # learns from the split test
+    assert dataset.image_shape == (64, 64, 3)
+    assert dataset.num_classes == 102
+    assert "subset" in dataset.note
+    smaller = data.load("oxford_flowers102_subset", str(data_dir), image_size=16)
+    assert smaller.image_shape == (16, 16, 3)
+
+
+MOCK_SIZES = {"train": 3, "validation": 2, "test": 4}
+
+
+@pytest.fixture
+def mock(monkeypatch):
+    """Stands in for datasets that are prepared; returns the splits that were read.
+
+    `mock_data` says that nothing is prepared, and has any split under any name.
+    """
+    make, source, read = tfds.builder, tfds.data_source, []
+
+    def builder(name, **options):
+        real = make(name, **options)
+        splits = MOCK_SIZES if "flowers" in name else {"train": 3, "test": 4}
+        info = types.SimpleNamespace(
+            features=real.info.features,
+            splits={
+                split: types.SimpleNamespace(num_examples=size)
+                for split, size in splits.items()
+            },
+        )
+        return types.SimpleNamespace(
+            name=name, version=real.version, info=info, is_prepared=lambda: True
+        )
+
+    def data_source(name, *, split, **options):
+        assert split in builder(name).info.splits
+        assert options["download"] is False
+        read.append(split)
+        with tfds.testing.mock_data(num_examples=MOCK_SIZES[split]):
+            return source(name, split=split, **options)
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    monkeypatch.setattr(tfds, "data_source", data_source)
+    # What it mocks is no encoded image.
+    monkeypatch.setattr(prepared, "_is_jpeg", lambda *_: False)
+    return read
+
+
+def test_cifar100(mock, tmp_path):
+    dataset = data.load("cifar100", str(tmp_path))
+    assert mock == ["train", "test"]
+    assert (len(dataset.train), len(dataset.test)) == (3, 4)
+    assert dataset.image_shape == (32, 32, 3)
+    assert dataset.num_classes == 100
+    assert dataset.note == ""
+
+
+def test_flowers_learn_from_the_split_test(mock, tmp_path):
+    dataset = data.load("oxford_flowers102", str(tmp_path), image_size=24)
+    assert mock == ["test", "train", "validation"]
+    assert (len(dataset.train), len(dataset.test)) == (4, 3 + 2)
+    assert dataset.image_shape == (24, 24, 3)
+    assert dataset.num_classes == 102
+    assert "split test" in dataset.note
+    default = data.load("oxford_flowers102", str(tmp_path), train_images=2)
+    assert default.image_shape == (64, 64, 3)
+    assert len(default.train) == 2
+    with pytest.raises(UserError, match="--test-images 6 is more than the 5 images"):
+        data.load("oxford_flowers102", str(tmp_path), test_images=6)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "oxford_flowers102"])
+def test_data_that_is_missing_is_said_once(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is not in {tmp_path}"):
+        data.load(name, str(tmp_path))
+
+
+def test_images_are_resized_and_the_middle_is_kept():
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:, 1:7] = 200  # the filter reads a pixel beyond the middle square
+    np.testing.assert_array_equal(images.fit(image, 2), np.full((2, 2, 3), 200))
+    tall = np.repeat(np.arange(0, 60, 10, dtype=np.uint8), 2)[:, None, None]
+    tall = np.broadcast_to(tall, (12, 4, 1))
+    # Rows 4 to 7 of twelve are the middle square: values 20, 20, 30, 30.
+    np.testing.assert_array_equal(images.fit(tall, 4)[:, 0, 0], [20, 20, 30, 30])
+    assert images.fit(tall, 4).shape == (4, 4, 1)
+    with pytest.raises(UserError, match="2 channels"):
+        images.fit(np.zeros((3, 4, 2), np.uint8), 2)
+
+
+def test_some_images_of_any_dataset(digits, tmp_path):
+    few = data.load("digits", train_images=7, image_size=4)
+    assert few.train.images.shape == (7, 4, 4, 1)
+    assert few.test.images.shape == (797, 4, 4, 1)
+    again = data.load("digits", train_images=9)
+    np.testing.assert_array_equal(few.train.labels, again.train.labels[:7])
+    assert (again.train.images[0] == digits.train.images).all((1, 2, 3)).sum() == 1
+    with pytest.raises(UserError, match="--train-images 5 is more than the 4 images"):
+        data.load(write_npz(tmp_path / "a.npz"), train_images=5)
 
 
 def test_damaged_data(data_dir, tmp_path):
