@@ -56,7 +56,7 @@ def test_markdown(tmp_path):
     assert FULL.save(tmp_path).read_text(encoding="utf-8") == (
         "# Figure 1\n\n"
         "Scale: small.\n\n"
-        "![Figure 1, cifar10 a](figure1-cifar10_a.png)\n\n"
+        "![Figure 1, CIFAR-10 a](figure1-cifar10_a.png)\n\n"
         "## CIFAR-10\n\n"
         "| method | ours | a\\|b |\n"
         "| --- | ---: | ---: |\n"

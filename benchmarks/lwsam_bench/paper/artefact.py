@@ -12,6 +12,7 @@ from typing import Any, Self
 from lwsam_bench import report
 from lwsam_bench._errors import UserError
 from lwsam_bench.metrics import write_json, write_text
+from lwsam_bench.paper import setups
 
 
 # In the order of a report. What has not run has no title of its own yet.
@@ -30,6 +31,9 @@ TITLES: Mapping[str, str] = {
     "theorem1": "Theorem 1: the measured gradient norm and its bound",
 }
 NAMES = tuple(TITLES)
+
+# What the names of files abbreviate.
+_WORDS = {**setups.TITLES, **setups.METHODS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +117,8 @@ class Artefact:
     def plot_title(self, plot: str) -> str:
         """Return what a plot shows in words, for those who cannot see it."""
         stem = pathlib.PurePosixPath(plot).stem.removeprefix(self.name)
-        detail = re.sub(r"[-_]+", " ", stem).strip()
-        return f"{self.title}, {detail}" if detail else self.title
+        words = [_WORDS.get(word, word) for word in re.split(r"[-_]+", stem) if word]
+        return ", ".join([self.title, " ".join(words)]) if words else self.title
 
     @classmethod
     def from_json(cls, value: Any) -> Self:

@@ -1,4 +1,4 @@
-"""The numbers of the paper's Tables 1 to 4 (Lee, KDD 2024), and what is odd about them.
+"""What the paper (Lee, KDD 2024) reports: its Tables 1 to 4, and what it says of them.
 
 Accuracies are percentages, mean and spread over at least three runs; throughputs are
 images a second on two NVIDIA RTX A6000. None of them is ours.
@@ -146,6 +146,38 @@ NOTES: Mapping[str, tuple[str, ...]] = {
         "The text says that the accuracy stops rising at some k; on CIFAR-100 and"
         " Flowers it still rises up to k = 8, the most that was tried short of all.",
     ),
+}
+
+# What the paper says each artefact shows; for a figure all there is to compare with.
+CLAIMS: Mapping[str, str] = {
+    "table1": "Layer-wise SAM on one to four layers is as accurate as generalised SAM or"
+    " a little more; LookSAM lies between SGD and these two.",
+    "table2": "Layer-wise SAM trains faster than generalised SAM everywhere, and faster"
+    " than LookSAM on all benchmarks but Flowers.",
+    "table3": "The layers of the largest gradient norm are the ones to perturb: layers"
+    " drawn at random do less, and those of the smallest norm least.",
+    "table4": "A few layers give the accuracy of all of them, and every layer more costs"
+    " throughput.",
+    "figure1": "The gradient norm of a layer is steady while the learning rate is, and"
+    " some layers near the output have much larger norms than the others (ResNet-20 on"
+    " CIFAR-10, WRN-16 on Flowers).",
+    "figure2": "The layers of a WRN-16 trained on Flowers differ much in how sharp the"
+    " loss is around them, when one layer at a time is moved along two orthonormal"
+    " random directions.",
+    "figure3": "The training loss falls more slowly with any SAM than with SGD; the"
+    " accuracy ends higher (CIFAR-10, CIFAR-100, Flowers).",
+    "figure4": "Every SAM lowers the gradient norm of the full model, layer-wise SAM even"
+    " more than generalised SAM. After the learning rate has fallen, the norm is above"
+    " that of SGD (CIFAR-10, CIFAR-100, Flowers).",
+    "figure5": "Generalised SAM perturbs every layer in every step, LookSAM all at its"
+    " interval, layer-wise SAM only k layers a step, most often those near the output.",
+    "figure6": "Trained with layer-wise SAM, the layers of Figure 2 lie in much flatter"
+    " surroundings, above all those near the output.",
+    "lm": "The paper names language modelling among its benchmarks and prints no numbers"
+    " of it: nothing published stands beside these.",
+    "theorem1": "While the learning rate and the radius are at most 1/(2 β), the mean"
+    " squared gradient norm stays below the bound of Eq. 7, whichever layers are"
+    " perturbed.",
 }
 
 
