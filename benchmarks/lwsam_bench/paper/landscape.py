@@ -1,0 +1,227 @@
+"""Figures 2 and 6: the loss around a trained network, layer by layer (Appendix A.2).
+
+Each network has a file in `landscape/` below the output folder, with a row for each row
+of a grid, written as they come; a command that was cut off goes on with the next row.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Collection, Iterator, Mapping
+
+from rich.console import Console
+
+from lwsam_bench import loop, tasks
+from lwsam_bench.config import TrainConfig
+from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
+from lwsam_bench.paper import landscape_report, setups
+from lwsam_bench.paper.artefact import Artefact
+from lwsam_bench.paper.landscape_grid import choose_layers, Images, Layer, norm, Plane
+from lwsam_bench.paper.outcome import DONE, run_id
+from lwsam_bench.paper.sweep import Sweep
+from lwsam_bench.progress import reading
+from lwsam_bench.provenance import provenance
+from lwsam_bench.tasks import Task
+
+
+BENCHMARK = "flowers"
+FOLDER = "landscape"
+LAYERS = 6
+
+_FULL = tuple(range(-20, 20))  # A.2: from -20 to 19
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """What a scale measures.
+
+    Attributes:
+      images: Training images behind each loss.
+      steps: Places along each direction; 0 is the trained network itself.
+    """
+
+    images: int
+    steps: tuple[int, ...] = _FULL
+
+
+EXTENTS: Mapping[str, Extent] = {
+    "smoke": Extent(images=64, steps=(-20, -10, 0, 10, 19)),
+    "small": Extent(images=128),
+    "paper": Extent(images=1_024),
+}
+
+
+def figure2(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Train with SGD what is missing, look around, and return the artefact.
+
+    Args:
+      scale: One of `setups.SCALES`.
+      out: Folder of the runs and rows; the plot comes here, too.
+      data_dir: Folder of tensorflow-datasets.
+      console: Where to report.
+      seeds: Not read: the figure shows one network.
+      jobs: Trainings at a time.
+    """
+    del seeds
+    return _figure("figure2", ("sgd",), scale, out, data_dir, console, jobs)
+
+
+def figure6(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Do the same with layer-wise SAM; what `figure2` shows stands beside it."""
+    del seeds
+    return _figure("figure6", ("sgd", "lwsam"), scale, out, data_dir, console, jobs)
+
+
+def _figure(
+    name: str,
+    methods: tuple[str, ...],
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    jobs: int,
+) -> Artefact:
+    configs = {m: setups.config(BENCHMARK, m, scale, 0) for m in methods}
+    outcomes = Sweep(out, data_dir, console, jobs).ensure(configs.values())
+    scanner = Scanner(EXTENTS[scale], data_dir, out / FOLDER, console)
+    found, troubles = {}, []
+    for method, config in configs.items():
+        outcome = outcomes[config]
+        if outcome.status == DONE:
+            found[method] = scanner.measure(config, outcome.folder)
+        else:
+            troubles.append(
+                f"{setups.METHODS[method]}: {outcome.status}, {outcome.reason}"
+            )
+    return landscape_report.render(name, methods, found, troubles, scale, out)
+
+
+class Scanner:
+    """Measures the landscapes of networks of one structure.
+
+    Args:
+      extent: What is measured.
+      data_dir: Folder of tensorflow-datasets.
+      folder: For the rows.
+      console: Where to report.
+    """
+
+    def __init__(
+        self,
+        extent: Extent,
+        data_dir: str | None,
+        folder: pathlib.Path,
+        console: Console,
+    ):
+        self._extent, self._data_dir, self._console = extent, data_dir, console
+        self._folder = output_folder(str(folder))
+        # What is read and compiled for one network does for the next.
+        self._task: Task | None = None
+        self._images: Images | None = None
+        self._planes: dict[str, Plane] = {}
+
+    def measure(self, config: TrainConfig, run: pathlib.Path) -> list[Row]:
+        """Return the rows of a network, after measuring those that are missing.
+
+        Args:
+          config: Of the run that trained it.
+          run: The folder of that.
+        """
+        path = self._folder / f"{run_id(config)}.jsonl"
+        extent = {"images": self._extent.images, "steps": list(self._extent.steps)}
+        rows = list(read_rows(path))
+        if not rows or rows[0].get("extent") != extent:
+            rows = []
+        known = {(row["layer"], row["alpha"]) for row in rows if row["kind"] == "grid"}
+        count = len(rows[0]["layers"]) * len(self._extent.steps) if rows else None
+        if len(known) == count:
+            return rows
+        with MetricsFile(path, keep_until=0 if rows else None) as file:
+            for row in self._missing(config, run, extent, known, not rows):
+                file.write(row)
+                rows.append(row)
+        return rows
+
+    def _missing(
+        self,
+        config: TrainConfig,
+        run: pathlib.Path,
+        extent: Row,
+        known: Collection[tuple[str, int]],
+        first: bool,
+    ) -> Iterator[Row]:
+        """Yield a head if it is the first row, and what is not known yet."""
+        task, images = self._read(config)
+        state = loop.final_state(run, config, task)
+        layers = choose_layers(task, LAYERS)
+        yield {
+            "kind": "landscape" if first else "continued",
+            "run": run.name,
+            "extent": extent,
+            "images": images.count,
+            "note": task.note,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "parameters": math.prod(layer.shape),
+                    "norm": norm(layer, state.params),
+                }
+                for layer in layers
+            ],
+            "origin": provenance(),
+        }
+        with self._console.status(run.name) as status:
+            for number, layer in enumerate(layers, start=1):
+                missing = [
+                    a for a in self._extent.steps if (layer.name, a) not in known
+                ]
+                for alpha in missing:
+                    status.update(
+                        f"{run.name}: layer {number} of {len(layers)}, {layer.name},"
+                        f" row {alpha}"
+                    )
+                    plane = self._plane(task, layer, images)
+                    losses = plane.row(
+                        state.params, state.model_state, alpha, self._extent.steps
+                    )
+                    yield {
+                        "kind": "grid",
+                        "layer": layer.name,
+                        "alpha": alpha,
+                        "losses": losses,
+                    }
+                if missing:
+                    self._console.print(
+                        f"{run.name}: layer {number} of {len(layers)} done",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+
+    def _read(self, config: TrainConfig) -> tuple[Task, Images]:
+        if self._task is None:
+            with reading(self._console, config.dataset) as on_record:
+                self._task = tasks.make(config, self._data_dir, on_record)
+        if self._images is None:
+            self._images = Images(self._task, self._extent.images)
+        return self._task, self._images
+
+    def _plane(self, task: Task, layer: Layer, images: Images) -> Plane:
+        if layer.name not in self._planes:
+            self._planes[layer.name] = Plane(task.network, layer, images)
+        return self._planes[layer.name]
