@@ -14,15 +14,17 @@ import jax
 from rich.console import Console
 
 import lwsam_jax as lwsam
-from lwsam_bench import run_folder, tasks
+from lwsam_bench import run_folder, tasks, vit_checkpoint
 from lwsam_bench._errors import UserError
 from lwsam_bench.checkpoint import Checkpoints
 from lwsam_bench.config import RunOptions, TrainConfig
-from lwsam_bench.metrics import MetricsFile, output_folder, Row, write_json
-from lwsam_bench.progress import name_layers, Rate, reading, TrainProgress
+from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row, write_json
+from lwsam_bench.progress import Rate, reading, TrainProgress
 from lwsam_bench.provenance import provenance
+from lwsam_bench.run_rows import in_short, Tally, train_row
 from lwsam_bench.stopping import Stop
 from lwsam_bench.tasks import Task
+from lwsam_bench.tensorboard import Board
 from lwsam_bench.training import make_step
 
 
@@ -34,20 +36,59 @@ def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
 
     Returns:
       0, or 130 or 143 if SIGINT or SIGTERM ended the run.
+
+    Raises:
+      UserError: If the run cannot be made, or another process is writing it.
     """
     out = output_folder(options.out)
-    folder = out / run_folder.CHECKPOINTS
-    if not options.resume:
-        run_folder.start_over(out)
-    before = run_folder.check_same_run(out, config)
-    with reading(console, config.dataset) as on_record:
-        task = tasks.make(config, options.data_dir, on_record)
-    checkpoints = Checkpoints(folder)
+    with run_folder.lock(out):
+        if not options.resume:
+            run_folder.start_over(out)
+        weights = vit_checkpoint.digest(config, options.data_dir)
+        before = run_folder.check_same_run(out, config, weights)
+        if before is not None and _has_ended(out):
+            console.print(_ENDED.format(out), soft_wrap=True)
+            return 0
+        with reading(console, config.dataset) as on_record:
+            task = tasks.make(config, options.data_dir, on_record)
+        checkpoints = Checkpoints(out / run_folder.CHECKPOINTS)
+        try:
+            run = _Run(config, options, task, checkpoints, out, console, before)
+            return run.to_the_end()
+        finally:
+            checkpoints.close()
+
+
+def final_state(
+    folder: pathlib.Path, config: TrainConfig, task: Task
+) -> lwsam.TrainState:
+    """Read the newest checkpoint of a run.
+
+    Args:
+      folder: Of the run.
+      config: Of the run.
+      task: What it learned, of the same configuration.
+
+    Raises:
+      UserError: If there is none, or it is of another run.
+    """
+    if not (folder / run_folder.CHECKPOINTS).is_dir():
+        raise UserError(f"{folder} holds no checkpoint: train the run first")
+    total = config.total_steps(task.steps_per_epoch)
+    step_fn, _ = make_step(config, task.loss_fn, total)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
     try:
-        run = _Run(config, options, task, checkpoints, out, console, before)
-        return run.to_the_end()
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{folder} holds no checkpoint: train the run first")
+        template = _initial_state(step_fn, config, task)
+        state, position = checkpoints.restore(step, template)
     finally:
         checkpoints.close()
+    run_folder.refuse_other_run(
+        folder, position.get("identity", {}), _identity(config, task)
+    )
+    return state
 
 
 class _Run:
@@ -68,11 +109,8 @@ class _Run:
         self.total = config.total_steps(task.steps_per_epoch)
         self.step_fn, self.learning_rate = make_step(config, task.loss_fn, self.total)
         self.state = _initial_state(self.step_fn, config, task)
-        self.identity = {
-            **dataclasses.asdict(config),
-            "data_sha256": task.fingerprint,
-        }
-        self.done = checkpoints.latest() or 0
+        self.identity = _identity(config, task)
+        self.done, self.earlier = checkpoints.latest() or 0, Tally()
         if self.done:
             self.state, position = checkpoints.restore(self.done, self.state)
             run_folder.refuse_other_run(
@@ -80,9 +118,13 @@ class _Run:
             )
             # It decides which executables run; they differ in how they round.
             self.step_fn.restore_history(position["history"])
+            self.earlier = Tally.restore(position.get("tally"))
         self.checkpoint_every = options.checkpoint_every or min(
             task.steps_per_epoch, -(-self.total // CHECKPOINTS_IN_A_RUN)
         )
+        self.started = time.perf_counter()
+        self.unread: list[jax.Array] = []  # whether the latest steps were finite
+        self.diverged = False
         self.record = before or {
             "config": dataclasses.asdict(config),
             "data": dict(task.source),
@@ -90,27 +132,35 @@ class _Run:
             "total_steps": self.total,
             "provenance": [],
         }
+        if task.weights is not None:
+            self.record["weights_sha256"] = task.weights
         if task.note:
             console.print(task.note, highlight=False, soft_wrap=True)
 
     def to_the_end(self) -> int:
         """Run the steps that are left; return the exit code."""
-        if self.done >= self.total:
-            self.console.print(f"{self.out} holds this run already, finished.")
+        if self.done >= self.total and _has_ended(self.out):
+            self.console.print(_ENDED.format(self.out), soft_wrap=True)
             return 0
         # A run that is resumed may go on with other code or versions: say so.
         self.record["provenance"].append({"from_step": self.done, **provenance()})
         write_json(self.out / run_folder.CONFIG, self.record)
         if self.done:
             self.console.print(f"going on from step {self.done} of {self.total}")
-        path = self.out / run_folder.METRICS
+        self.started = time.perf_counter()
         with (
-            MetricsFile(path, self.done or None) as metrics,
+            MetricsFile(self.out / run_folder.METRICS, self.done or None) as metrics,
+            Board(self.out / run_folder.TENSORBOARD, self.done, self.total) as board,
             Stop() as stop,
             TrainProgress(self.console, self.total, self.done) as progress,
         ):
-            self._steps(metrics, stop, progress)
-        if stop.signal and self.done < self.total:
+            result = self._steps(metrics, board, stop, progress)
+            if self.done >= self.total:
+                # None: it was killed before it could write its last row.
+                result = result or self._evaluate()
+                metrics.write(self._tally().end_row(self._where(), result))
+                metrics.sync()
+        if self.done < self.total:
             self.console.print(
                 f"stopped at step {self.done} of {self.total}; the same command goes on"
                 f" from here",
@@ -120,63 +170,84 @@ class _Run:
         return 0
 
     def _steps(
-        self, metrics: MetricsFile, stop: "Stop", progress: TrainProgress
-    ) -> None:
-        rate, first = Rate(), self.done
-        started = time.perf_counter()
+        self, metrics: MetricsFile, board: Board, stop: Stop, progress: TrainProgress
+    ) -> Row | None:
+        """Run the steps; return the last evaluation."""
+        rate, first, result = Rate(), self.done, None
         while self.done < self.total and not stop.signal:
             self.state, info = self.step_fn(self.state, self.task.batches(self.done))
+            self.unread.append(info.finite)
             self.done += 1
             last = self.done == self.total
             if self.done % self.options.log_every == 0 or last:
-                row = self._train_row(info, time.perf_counter() - started)
+                row = self._train_row(info)
                 metrics.write(row)
+                board.write(row)
                 speed = rate((self.done - first) * self.task.items_per_batch)
-                speed_now = f"{speed:,.0f} {self.task.unit}/s"
-                progress.step(self.done, _in_short(row, speed_now, len(info.mask)))
+                numbers = f"{speed:,.0f} {self.task.unit}/s"
+                progress.step(self.done, in_short(row, numbers, len(info.mask)))
             else:
                 progress.step(self.done)
             if self.done % self.task.steps_per_epoch == 0 or last:
-                row = self._test_row()
+                result = self._evaluate()
+                row = {"kind": "test", **self._where(), **result}
                 metrics.write(row)
+                board.write(row)
                 progress.say(
-                    f"step {self.done}: test accuracy {row['accuracy']:.2%},"
-                    f" test loss {row['loss']:.4f}"
+                    f"step {self.done}: test accuracy {result['accuracy']:.2%},"
+                    f" test loss {result['loss']:.4f}"
                 )
             if self.done % self.checkpoint_every == 0 or last:
-                self._checkpoint(metrics)
-        self._checkpoint(metrics)  # of a run that was stopped
+                self._checkpoint(metrics, board)
+        self._checkpoint(metrics, board)  # of a run that was stopped
+        return result
 
-    def _checkpoint(self, metrics: MetricsFile) -> None:
+    def _checkpoint(self, metrics: MetricsFile, board: Board) -> None:
         # First the rows: a checkpoint promises that those before it are there.
         metrics.sync()
-        position = {"identity": self.identity, "history": self.step_fn.history()}
+        board.flush()
+        position = {
+            "identity": self.identity,
+            "history": self.step_fn.history(),
+            "tally": dataclasses.asdict(self._tally()),
+        }
         self.checkpoints.save(self.done, self.state, position)
 
-    def _train_row(self, info: Any, seconds: float) -> Row:
-        host = jax.device_get(info)
+    def _tally(self) -> Tally:
+        self.diverged |= not all(jax.device_get(self.unread))
+        self.unread = []
+        return self.earlier.add(
+            Tally(
+                seconds=time.perf_counter() - self.started,
+                compile_seconds=self.step_fn.compile_seconds,
+                executables=tuple(map(str, self.step_fn.executables)),
+                diverged=self.diverged,
+            )
+        )
+
+    def _where(self) -> Row:
+        return {"step": self.done, "epoch": self.done / self.task.steps_per_epoch}
+
+    def _train_row(self, info: Any) -> Row:
         layers = self.step_fn.layers
         assert layers is not None  # the step has run
-        names = layers.names
-        return {
-            "kind": "train",
-            "step": self.done,
-            "epoch": self.done / self.task.steps_per_epoch,
-            "loss": float(host.value),
-            "perturbed_loss": float(host.perturbed_value),
-            "accuracy": float(host.metrics["accuracy"]),
-            "lr": float(self.learning_rate(self.done - 1)),
-            "overhead": float(host.overhead),
-            "finite": bool(host.finite),
-            "perturbed": [n for n, on in zip(names, host.mask, strict=True) if on],
-            "norms": dict(zip(names, map(float, host.norms), strict=True)),
-            "seconds": round(seconds, 3),
-        }
+        seconds = time.perf_counter() - self.started
+        return train_row(info, layers.names, self.learning_rate, self._where(), seconds)
 
-    def _test_row(self) -> Row:
-        result = self.task.evaluate(self.state.params, self.state.model_state)
-        epoch = self.done / self.task.steps_per_epoch
-        return {"kind": "test", "step": self.done, "epoch": epoch, **result}
+    def _evaluate(self) -> Row:
+        return self.task.evaluate(self.state.params, self.state.model_state)
+
+
+_ENDED = "{} holds this run already, finished."
+
+
+def _has_ended(out: pathlib.Path) -> bool:
+    rows = read_rows(out / run_folder.METRICS)
+    return any(row.get("kind") == "end" for row in rows)
+
+
+def _identity(config: TrainConfig, task: Task) -> dict[str, Any]:
+    return run_folder.identity(config, task.fingerprint, task.weights)
 
 
 def _initial_state(
@@ -191,10 +262,3 @@ def _initial_state(
         )
     except ValueError as error:  # more layers wanted than there are
         raise UserError(str(error)) from error
-
-
-def _in_short(row: Row, speed: str, layers: int) -> str:
-    return (
-        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {speed}"
-        f"  perturbed: {name_layers(row['perturbed'], layers)}"
-    )

@@ -1,21 +1,72 @@
-"""The folder of a training run: whose it is, and how to start over."""
+"""The folder of a training run: whose it is, who may write, how to start over."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
+
+import filelock
 
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import differences, TrainConfig
 
 
 CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
+TENSORBOARD, LOCK = "tensorboard", ".lock"
 _NOT_COMPARED = ("weights",)  # a path; what the file holds is part of the identity
 
 
-def check_same_run(out: pathlib.Path, config: TrainConfig) -> dict[str, Any] | None:
-    """Return the record of the run in a folder, if there is one; refuse another run."""
+@contextlib.contextmanager
+def lock(out: pathlib.Path) -> Iterator[None]:
+    """Keep other processes from writing the run in a folder.
+
+    Raises:
+      UserError: If one does.
+    """
+    file = filelock.FileLock(out / LOCK)
+    try:
+        file.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another process is writing the run in {out}: wait for it to end, or use"
+            " another --out"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot lock {out}: {error}") from error
+    try:
+        yield
+    finally:
+        file.release()
+
+
+def identity(
+    config: TrainConfig, data: str | None, weights: str | None
+) -> dict[str, Any]:
+    """Return what makes two runs the same run.
+
+    Args:
+      config: The run.
+      data: Fingerprint of the training data, if known.
+      weights: Digest of the file of published weights, if there is one.
+    """
+    found = {"data_sha256": data, "weights_sha256": weights}
+    known = {name: value for name, value in found.items() if value is not None}
+    return {**dataclasses.asdict(config), **known}
+
+
+def check_same_run(
+    out: pathlib.Path, config: TrainConfig, weights: str | None = None
+) -> dict[str, Any] | None:
+    """Return the record of the run in a folder, if there is one; refuse another run.
+
+    Args:
+      out: The folder.
+      config: The run that is wanted.
+      weights: As for `identity`; not compared where one of the two is not known.
+    """
     path = out / CONFIG
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -28,7 +79,11 @@ def check_same_run(out: pathlib.Path, config: TrainConfig) -> dict[str, Any] | N
             f"{path} cannot be read ({error}). Use another --out, or --no-resume to"
             " start over"
         ) from error
-    refuse_other_run(out, old, dataclasses.asdict(config))
+    if weights is not None and "weights_sha256" in record:
+        old = {**old, "weights_sha256": record["weights_sha256"]}
+    else:
+        weights = None
+    refuse_other_run(out, old, identity(config, None, weights))
     return record
 
 
@@ -64,7 +119,8 @@ def start_over(out: pathlib.Path) -> None:
         # First the configuration: without it the rest belongs to no run.
         for name in (CONFIG, METRICS):
             (out / name).unlink(missing_ok=True)
-        if (out / CHECKPOINTS).exists():
-            shutil.rmtree(out / CHECKPOINTS)
+        for name in (CHECKPOINTS, TENSORBOARD):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
     except OSError as error:
         raise UserError(f"cannot replace the run in {out}: {error}") from error

@@ -1,16 +1,22 @@
 """What a run learns, and how it is measured: images with labels, or a text."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from lwsam_bench import data, model_names, models, text, training
+from lwsam_bench import data, model_names, models, text, training, vit_checkpoint
 from lwsam_bench._errors import UserError
 from lwsam_bench.augment import Batches
 from lwsam_bench.config import TrainConfig
+from lwsam_bench.model_names import ModelName
+from lwsam_bench.models.finetune import CHANNELS
 from lwsam_bench.training import LossFn, Network
+
+
+VIT_EVAL_BATCH_SIZE = 100  # 224 x 224 pixels each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Task:
         out; of a text also the perplexity, exp(loss).
       fingerprint: Digest of the training data.
       note: What a reader has to know about the data; may be empty.
+      weights: Digest of the file of published weights, if there is one.
       dataset: The images; None of a text.
       source: What the data is, for the record of a run.
     """
@@ -43,6 +50,7 @@ class Task:
     note: str
     dataset: data.Dataset | None
     source: Mapping[str, Any]
+    weights: str | None = None
 
 
 def make(
@@ -64,6 +72,8 @@ def make(
         name = model_names.parse(config.model)
     except ValueError as error:
         raise UserError(str(error)) from error
+    # Before the data are read: that takes longer.
+    weights = vit_checkpoint.find(config, data_dir)
     is_text = config.dataset == text.NAME
     if is_text != name.reads_text:
         wanted = "gpt" if is_text else "one for images, such as resnet20"
@@ -81,17 +91,35 @@ def make(
         train_images=config.train_images,
         test_images=config.test_images,
     )
-    return _images(config, dataset)
+    task = _images(config, name, dataset, weights)
+    digest = vit_checkpoint.digest(config, data_dir)
+    return dataclasses.replace(task, weights=digest)
 
 
-def _images(config: TrainConfig, dataset: data.Dataset) -> Task:
+def _images(
+    config: TrainConfig,
+    name: ModelName,
+    dataset: data.Dataset,
+    weights: pathlib.Path | None,
+) -> Task:
     if config.batch_size > len(dataset.train):
         raise UserError(
             f"--batch-size {config.batch_size} is more than the"
             f" {len(dataset.train)} training images of {config.dataset}"
         )
-    network = _network(config, dataset.image_shape, dataset.num_classes)
     mean, std = dataset.statistics()
+    eval_batch_size = training.EVAL_BATCH_SIZE
+    if name.family == "vit":
+        channels = dataset.image_shape[-1]
+        if channels != CHANNELS:
+            raise UserError(
+                f"--model {config.model} reads images of {CHANNELS} channels; those of"
+                f" {config.dataset} have {channels}"
+            )
+        # The pixels that the published backbone has learned from are from -1 to 1.
+        mean = std = np.full(CHANNELS, 0.5, np.float32)
+        eval_batch_size = VIT_EVAL_BATCH_SIZE
+    network = _network(config, dataset.image_shape, dataset.num_classes, weights)
     batches = Batches(
         dataset.train,
         batch_size=config.batch_size,
@@ -111,7 +139,9 @@ def _images(config: TrainConfig, dataset: data.Dataset) -> Task:
         steps_per_epoch=batches.steps_per_epoch,
         items_per_batch=config.batch_size,
         unit="images",
-        evaluate=training.Evaluator(network, dataset.test, mean=mean, std=std),
+        evaluate=training.Evaluator(
+            network, dataset.test, mean=mean, std=std, batch_size=eval_batch_size
+        ),
         fingerprint=dataset.fingerprint(),
         note=dataset.note,
         dataset=dataset,
@@ -165,14 +195,19 @@ def _text(config: TrainConfig, source: text.Text) -> Task:
 
 
 def _network(
-    config: TrainConfig, image_shape: tuple[int, ...], num_classes: int
+    config: TrainConfig,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    weights: pathlib.Path | None = None,
 ) -> Network:
-    model = models.build(
+    model: Any = models.build(
         config.model,
         image_shape=image_shape,
         num_classes=num_classes,
         seed=config.seed,
     )
+    if weights is not None:
+        vit_checkpoint.load(model, weights)
     return Network.of(model, models.trainable(config.model))
 
 

@@ -165,8 +165,10 @@ def test_a_file_of_arrays_is_a_dataset(tmp_path):
     arguments = ["--dataset", path, "--model", "smallcnn", "--method", "sgd"]
     arguments += ["--steps", 1, "--batch-size", 8, "--out", out]
     assert main(["train", *map(str, arguments)]) == 0
-    *_, last = (out / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(last)["kind"] == "test"
+    *_, test, end = (out / "metrics.jsonl").read_text().splitlines()
+    test, end = json.loads(test), json.loads(end)
+    assert (test["kind"], end["kind"]) == ("test", "end")
+    assert end["accuracy"] == test["accuracy"]
 
 
 def defaults(*arguments):

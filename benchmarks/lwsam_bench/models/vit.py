@@ -87,7 +87,7 @@ class ViT(nnx.Module):
         # Of rank 1: a vector that is added to the input, as a bias is, is no layer.
         self.class_token = nnx.Param(jnp.zeros((width,)))
         self.positions = nnx.Param(normal(rngs.params(), (tokens + 1, width)))
-        self.depth = depth
+        self.depth, self.heads = depth, heads
         for index in range(depth):
             setattr(self, f"block{index + 1}", Block(width, heads, rngs=rngs))
         self.norm = nnx.LayerNorm(width, epsilon=_EPSILON, rngs=rngs)

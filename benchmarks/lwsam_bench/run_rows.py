@@ -1,0 +1,96 @@
+"""The rows that a training run leaves in `metrics.jsonl`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lwsam_bench.metrics import Row
+from lwsam_bench.progress import name_layers
+
+
+def train_row(
+    info: Any,
+    names: Sequence[str],
+    lr: Callable[[int], Any],
+    where: Row,
+    seconds: float,
+) -> Row:
+    """Return what a step reports.
+
+    Args:
+      info: The `StepInfo` of the step.
+      names: Of the layers.
+      lr: The learning rate, by the number of steps done.
+      where: The row's `step` and `epoch`.
+      seconds: Since training began or went on.
+    """
+    host = jax.device_get(info)
+    return {
+        "kind": "train",
+        **where,
+        "loss": float(host.value),
+        "perturbed_loss": float(host.perturbed_value),
+        "accuracy": float(host.metrics["accuracy"]),
+        "lr": float(lr(where["step"] - 1)),
+        "overhead": float(host.overhead),
+        "finite": bool(host.finite),
+        "perturbed": [n for n, on in zip(names, host.mask, strict=True) if on],
+        "norms": dict(zip(names, map(float, host.norms), strict=True)),
+        "seconds": round(seconds, 3),
+    }
+
+
+def in_short(row: Row, speed: str, layers: int) -> str:
+    """Return a row of kind `train` as one line of text."""
+    return (
+        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {speed}"
+        f"  perturbed: {name_layers(row['perturbed'], layers)}"
+    )
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a run sums up from its beginning; it is part of the checkpoints.
+
+    Attributes:
+      seconds: Spent in training and evaluation, compiling included.
+      compile_seconds: Spent in first calls of executables.
+      executables: Covers for which a step was compiled.
+      diverged: Whether a loss or a gradient was not finite.
+    """
+
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    executables: tuple[str, ...] = ()
+    diverged: bool = False
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any] | None) -> "Tally":
+        """Return what `dataclasses.asdict` and JSON made of a tally."""
+        saved = saved or {}
+        return cls(**{**saved, "executables": tuple(saved.get("executables", ()))})
+
+    def add(self, other: "Tally") -> "Tally":
+        """Return the tally of this and what came after it."""
+        return Tally(
+            self.seconds + other.seconds,
+            self.compile_seconds + other.compile_seconds,
+            # Each once, in order of first use.
+            tuple(dict.fromkeys(self.executables + other.executables)),
+            self.diverged or other.diverged,
+        )
+
+    def end_row(self, where: Row, result: Row) -> Row:
+        """Return the last row of a run, with the final evaluation."""
+        return {
+            "kind": "end",
+            **where,
+            **result,
+            "diverged": self.diverged or not np.isfinite(result["loss"]),
+            "executables": len(self.executables),
+            "compile_seconds": round(self.compile_seconds, 3),
+            "seconds": round(self.seconds, 3),
+        }
