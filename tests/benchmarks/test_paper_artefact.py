@@ -64,7 +64,7 @@ def test_markdown(tmp_path):
         "| SAM \\<x> | \\*92\\* | 1 2 |\n\n"
         "One.\n\nTwo.\n\n"
         "JPEG.\n\n"
-        "```console\nlwsam-bench figure1 --scale small\n```\n\n"
+        "```bash\nlwsam-bench figure1 --scale small\n```\n\n"
         "Made with commit 0123456789, jax 0.7.0, flax 0.12.0, CPU (x86_64, 2 cores),"
         " 2026-03-04.\n"
     )

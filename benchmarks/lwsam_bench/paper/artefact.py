@@ -110,7 +110,7 @@ class Artefact:
             parts.append(f"{'#' * (level + 1)} {escape(table.title)}")
             parts.append(_markdown_table(table))
         parts += map(escape, self.notes)
-        parts.append(f"```console\n{self.command}\n```")
+        parts.append(f"```bash\n{self.command}\n```")
         parts += [f"Made with {escape(line)}." for line in origin_lines(self.origins)]
         return "\n\n".join(parts) + "\n"
 
