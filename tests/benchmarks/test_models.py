@@ -1,5 +1,6 @@
 """The networks are those of their papers, and evaluation counts each image once."""
 
+import math
 from typing import Any
 
 import jax
@@ -21,21 +22,86 @@ def build(name, shape, **options):
     return Network.of(model)
 
 
-def parameters(network):
-    return sum(x.size for x in jax.tree.leaves(network.params))
+def shapes(name, num_classes=10, **options):
+    """The network of a name with shapes in place of numbers: nothing is compiled."""
+    model = nnx.eval_shape(
+        lambda: models.build(
+            name, image_shape=(32, 32, 3), num_classes=num_classes, seed=0, **options
+        )
+    )
+    return Network.of(model, models.trainable(name))
 
 
-def test_resnet20_has_the_parameters_of_the_paper():
-    # 0.27 M in He et al., table 6: convolutions 267,696, dense 650, BatchNorm 1,376.
-    network = build("resnet20", (32, 32, 3))
-    assert parameters(network) == 269_722
-    assert len(lwsam.Layers.of(network.params)) == 20
+def count(tree):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters", "layers"),
+    [
+        # 0.27 M in He et al., table 6: convolutions 267,696, dense 650, BatchNorm 1,376.
+        ("resnet20", 10, 269_722, 20),
+        ("resnet8w4", 10, 5_006, 8),
+        # 36.5 M, 0.7 M and 11.0 M in Zagoruyko and Komodakis.
+        ("wrn28-10", 10, 36_479_194, 29),
+        ("wrn28-10", 100, 36_536_884, 29),
+        ("wrn16-2", 10, 691_674, 17),
+        ("wrn16-8", 10, 10_961_370, 17),
+        ("wrn10-1", 10, 77_850, 10),
+        ("smallcnn", 10, 10_962, 10),
+        ("gpt", 65, 826_368, 27),
+        ("gpt-tiny", 65, 8_928, 15),
+    ],
+)
+def test_networks_have_the_parameters_of_their_papers(
+    name, classes, parameters, layers
+):
+    network = shapes(name, classes)
+    assert count(network.params) == parameters
+    assert len(lwsam.Layers.of(network.params)) == layers
+
+
+def test_shortcuts_with_parameters():
     # Two 1 x 1 convolutions, 512 + 2,048, and their BatchNorm, 64 + 128.
-    assert parameters(build("resnet20", (32, 32, 3), projection=True)) == 272_474
+    assert count(shapes("resnet20", projection=True).params) == 272_474
 
 
-def test_smallcnn_has_ten_layers():
-    assert len(lwsam.Layers.of(build("smallcnn", (8, 8, 1)).params)) == 10
+@pytest.mark.parametrize(
+    ("name", "head", "backbone"),
+    [
+        # Without its last layer, ViT-B/16 has 85.8 M.
+        ("vit-b16", 768 * 512 + 512 + 512 * 100 + 100, 85_798_656),
+        ("vit-tiny", 24 * 32 + 32 + 32 * 100 + 100, 16_104),
+    ],
+)
+def test_only_the_new_layers_of_a_vit_are_trained(name, head, backbone):
+    network = shapes(name, 100)
+    assert count(network.params) == head
+    assert count(network.model_state) == backbone
+    assert lwsam.Layers.of(network.params).names == ("head/dense", "head/hidden")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vgg", "resnet", "resnet18", "resnet2", "resnet20w", "resnet20w0", "resnet020"]
+    + ["wrn16", "wrn16-0", "wrn15-2", "wrn4-2", "vit-b32", "gpt2", "ResNet20", ""],
+)
+def test_a_name_that_does_not_follow_the_scheme(name):
+    with pytest.raises(ValueError, match=r"resnet<depth>w<width>.*wrn<depth>-<width>"):
+        models.build(name, image_shape=(8, 8, 3), num_classes=10, seed=0)
+
+
+def test_a_frozen_backbone_stays_as_it_is(getkey):
+    model = models.build("vit-tiny", image_shape=(8, 8, 3), num_classes=5, seed=0)
+    network = Network.of(model, models.trainable("vit-tiny"))
+    loss_fn = make_loss_fn(network, weight_decay=0.1)
+    batch = {"image": jax.random.normal(getkey(), (2, 8, 8, 3)), "label": jnp.arange(2)}
+    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+    grads, (model_state, _) = gradient(
+        network.params, network.model_state, batch, getkey()
+    )
+    jax.tree.map(np.testing.assert_array_equal, model_state, network.model_state)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("name", ["smallcnn", "resnet20"])

@@ -1,5 +1,7 @@
 """The wide and deep networks are those of their papers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,11 @@ from lwsam_bench.models.wrn import WideResNet
 from lwsam_bench.training import Network
 
 
-def layers_and_parameters(model):
-    params = nnx.state(model, nnx.Param)
-    return lwsam.Layers.of(params).names, sum(x.size for x in jax.tree.leaves(params))
+def layers_and_parameters(make):
+    """From shapes alone: nothing is drawn."""
+    params = nnx.state(nnx.eval_shape(make), nnx.Param)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return lwsam.Layers.of(params).names, count
 
 
 def logits(model, x, train=True):
@@ -34,8 +38,9 @@ def logits(model, x, train=True):
     [(16, 2, 691_674), (28, 10, 36_479_194), (40, 4, 8_949_210)],
 )
 def test_wide_resnet(depth, width, parameters):
-    model = WideResNet(3, 10, depth=depth, width=width, rngs=nnx.Rngs(0))
-    names, count = layers_and_parameters(model)
+    names, count = layers_and_parameters(
+        lambda: WideResNet(3, 10, depth=depth, width=width, rngs=nnx.Rngs(0))
+    )
     assert count == parameters
     shortcuts = [name for name in names if name.endswith("shortcut_conv")]
     assert len(names) == depth - 2 + len(shortcuts)
@@ -53,8 +58,9 @@ def test_wide_resnet_refuses_depths_without_whole_blocks():
     [(224, 16, 1000, 22_050_664), (32, 4, 10, 21_342_346)],
 )
 def test_vit_s(size, patch, classes, parameters):
-    model = ViT((size, size, 3), classes, patch=patch, rngs=nnx.Rngs(0))
-    names, count = layers_and_parameters(model)
+    names, count = layers_and_parameters(
+        lambda: ViT((size, size, 3), classes, patch=patch, rngs=nnx.Rngs(0))
+    )
     assert count == parameters
     # Patches, positions, dense layer, and in each block four of attention, two of MLP.
     assert len(names) == 3 + 12 * 6
@@ -66,7 +72,7 @@ def test_vit_refuses_images_that_patches_do_not_fill():
 
 
 def test_gpt_has_the_parameters_that_its_shape_gives():
-    names, count = layers_and_parameters(GPT(65, rngs=nnx.Rngs(0)))
+    names, count = layers_and_parameters(lambda: GPT(65, rngs=nnx.Rngs(0)))
     width, hidden = 128, 512
     block = 4 * (width**2 + width) + 2 * width * hidden + hidden + width + 4 * width
     assert count == 2 * 65 * width + 128 * width + 4 * block + 2 * width
