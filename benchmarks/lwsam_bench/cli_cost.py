@@ -49,6 +49,14 @@ def _add_speed(
     add_to("--burst", type=count, help="steps before the next method has its turn")
     add_to("--data-dir", help=DATA_DIR)
     add_to("--out", default="lwsam-speed", help="folder for the results")
+    add_to(
+        "--docs", help="folder of the documentation whose cost.md to bring up to date"
+    )
+    add_to(
+        "--render-only",
+        action="store_true",
+        help="measure nothing: tables and charts of the rows that are in --out",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--smoke", action="store_true", help="six steps of a small network on digits"
@@ -82,7 +90,14 @@ def _speed(arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
             batch_size=arguments.batch_size,
             burst=arguments.burst,
         )
-    return speed.run(config, arguments.data_dir, arguments.out, console)
+    return speed.run(
+        config,
+        arguments.data_dir,
+        arguments.out,
+        arguments.docs,
+        console,
+        render_only=arguments.render_only,
+    )
 
 
 def _add_pareto(

@@ -11,13 +11,13 @@ from matplotlib.ticker import PercentFormatter
 
 from lwsam_bench import report
 from lwsam_bench._errors import UserError
+from lwsam_bench.docs_page import replace_generated
 from lwsam_bench.metrics import Row, write_text
 from lwsam_bench.pareto_methods import METHODS, SAM
 
 
 TITLES = {"digits": "Digits", "fashion_mnist": "Fashion-MNIST"}
 BANDS = (1.1, 1.3, 1.7, 2.0)  # prices, in gradients of SGD
-OPEN, CLOSE = "<!-- generated: pareto -->", "<!-- end of generated -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def render(
     page, images = folder / "pareto.md", folder / "images"
     if docs is not None:
         page, images = pathlib.Path(docs) / "pareto.md", pathlib.Path(docs) / "images"
-        text = _between_the_marks(page, text)
+        text = replace_generated(page, "pareto", text)
     try:
         images.mkdir(exist_ok=True)
     except OSError as error:
@@ -87,18 +87,6 @@ def render(
     write_text(page, text)
     for name, some in rows.items():
         plot(images / f"pareto-{name}.png", _title(name), summarize(some))
-
-
-def _between_the_marks(page: pathlib.Path, text: str) -> str:
-    """Return a page with what it has between the marks replaced."""
-    try:
-        before, rest = page.read_text(encoding="utf-8").split(OPEN)
-        _, after = rest.split(CLOSE)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{page} is no page with the marks {OPEN} and {CLOSE}: {error}"
-        ) from error
-    return f"{before}{OPEN}\n\n{text}\n{CLOSE}{after}"
 
 
 def section(dataset: str, rows: Sequence[Row]) -> str:

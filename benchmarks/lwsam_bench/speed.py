@@ -1,16 +1,18 @@
 """The command `speed`: the price of each method, measured against SGD in one process."""
 
 import dataclasses
+import pathlib
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from lwsam_bench import speed_report, workloads
-from lwsam_bench.metrics import MetricsFile, output_folder, Row, write_text
+from lwsam_bench.docs_page import replace_generated
+from lwsam_bench.metrics import output_folder, read_rows, Row, write_rows, write_text
 from lwsam_bench.provenance import provenance
 from lwsam_bench.racers import budget, everyone, OPTAX_SAM, PAPER, SGD, TrainStepRacer
 from lwsam_bench.speed_race import fresh_cache, inspect, Lane, race, timing
@@ -44,34 +46,70 @@ CHECK = SpeedConfig(
 )
 
 
-def run(config: SpeedConfig, data_dir: str | None, out: str, console: Console) -> int:
+def run(
+    config: SpeedConfig,
+    data_dir: str | None,
+    out: str,
+    docs: str | None,
+    console: Console,
+    *,
+    render_only: bool = False,
+) -> int:
     """Measure, and leave rows, tables and charts in `out`.
+
+    A model that is measured again replaces its rows; those of others stay.
+
+    Args:
+      config: What is measured.
+      data_dir: Folder of tensorflow-datasets.
+      out: Folder of the rows; tables and charts come here, too.
+      docs: Folder with a page `cost.md` to be brought up to date, or None.
+      console: Where to report.
+      render_only: Whether to leave it at the rows that are there.
 
     Returns:
       0, or 1 if the check was asked for and a limit is broken.
     """
     folder = output_folder(out)
-    origin = provenance()
-    holds = True
-    tables = []
-    with MetricsFile(folder / "speed.jsonl") as file, fresh_cache():
-        for name in config.models:
-            workload = workloads.make(
-                name, batch_size=config.batch_size, data_dir=data_dir, seed=config.seed
-            )
-            rows = measure(workload, config, console)
-            for row in rows:
-                file.write({"kind": "speed", "model": name, **row, "origin": origin})
-            tables.append(speed_report.table(workload, rows, origin))
-            console.print(tables[-1], soft_wrap=True, highlight=False, markup=False)
-            speed_report.plot(folder / f"speed-{name}.png", workload.title, rows)
-            if config.check:
-                for figure in speed_report.figures(rows):
-                    console.print(figure.line(), soft_wrap=True, highlight=False)
-                    holds = holds and figure.holds
-    write_text(folder / "speed-table.md", "\n".join(tables))
+    name = "speed-check" if config.check else "speed"
+    path = folder / f"{name}.jsonl"
+    rows = list(read_rows(path))
+    if not render_only:
+        for model, found in _measure_all(config, data_dir, console):
+            rows = [row for row in rows if row["model"] != model] + found
+            write_rows(path, rows)
+    models = speed_report.by_model(rows)
+    text = "\n".join(map(speed_report.table, models))
+    figures = speed_report.figures(models[0]) if config.check and models else []
+    if figures:
+        text += "\n" + speed_report.figures_table(figures)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    write_text(folder / f"{name}-table.md", text)
+    for some in models:
+        speed_report.plot(folder / f"{name}-{some[0]['model']}.png", some)
+    if docs is not None:
+        page = pathlib.Path(docs) / "cost.md"
+        write_text(page, replace_generated(page, name, text))
     console.print(f"rows, tables and charts are in {folder}/", soft_wrap=True)
-    return 0 if holds else 1
+    return 0 if all(figure.holds for figure in figures) else 1
+
+
+def _measure_all(
+    config: SpeedConfig, data_dir: str | None, console: Console
+) -> Iterator[tuple[str, list[Row]]]:
+    origin = provenance()
+    with fresh_cache():
+        for model in config.models:
+            workload = workloads.make(
+                model, batch_size=config.batch_size, data_dir=data_dir, seed=config.seed
+            )
+            yield (
+                model,
+                [
+                    {"kind": "speed", "model": model, **row, "origin": origin}
+                    for row in measure(workload, config, console)
+                ],
+            )
 
 
 def measure(workload: Workload, config: SpeedConfig, console: Console) -> list[Row]:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -11,21 +10,22 @@ from matplotlib import pyplot as plt
 from lwsam_bench import report
 from lwsam_bench.metrics import Row
 from lwsam_bench.racers import budget, OPTAX_SAM, PAPER
-from lwsam_bench.workloads import Workload
+from lwsam_bench.workloads import TITLES
 
 
 EXACT_SETS = 8  # the default of `lwsam.TrainStep`
 
 
-def table(workload: Workload, rows: Sequence[Row], origin: Mapping[str, Any]) -> str:
-    """Return the Markdown of one workload, with a heading and notes."""
+def table(rows: Sequence[Row]) -> str:
+    """Return the Markdown of one workload's rows, with a heading and notes."""
+    first = rows[0]
     header = [
         "method",
         "FLOPs",
         "FLOPs by XLA",
         "time",
         "quartiles",
-        f"{workload.unit}/s",
+        f"{first['unit']}/s",
         "memory",
         "executables",
         "compiling, s",
@@ -48,12 +48,19 @@ def table(workload: Workload, rows: Sequence[Row], origin: Mapping[str, Any]) ->
         ]
         for row in rows
     ]
-    title = f"### {workload.title}, batch {workload.batch_size}"
-    return f"{title}\n\n{report.markdown(header, cells, _notes(rows, origin))}"
+    title = f"### {TITLES[first['model']]}, batch {first['batch_size']}"
+    return f"{title}\n\n{report.markdown(header, cells, _notes(rows))}"
 
 
-def _notes(rows: Sequence[Row], origin: Mapping[str, Any]) -> str:
+def by_model(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each model, in the order in which the models come."""
+    models = dict.fromkeys(row["model"] for row in rows)
+    return [[row for row in rows if row["model"] == model] for model in models]
+
+
+def _notes(rows: Sequence[Row]) -> str:
     first = rows[0]
+    origin = first["origin"]
     cores = f", {origin['cpu_count']} cores" if origin["platform"] == "cpu" else ""
     turns = "step by step" if first["burst"] == 1 else f"every {first['burst']} steps"
     return (
@@ -69,7 +76,7 @@ def _notes(rows: Sequence[Row], origin: Mapping[str, Any]) -> str:
     )
 
 
-def plot(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
+def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Draw FLOPs and time of each method over SGD's."""
     names = [row["method"] for row in rows]
     place = np.arange(len(rows))
@@ -95,7 +102,7 @@ def plot(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
     axis.axvline(1.0, color="black", lw=0.8)
     axis.set_yticks(place, names)
     axis.invert_yaxis()
-    axis.set(xlabel="over SGD", title=title)
+    axis.set(xlabel="over SGD", title=TITLES[rows[0]["model"]])
     axis.legend(loc="lower right", frameon=False)
     report._save(figure, [axis], path)
 
@@ -116,11 +123,17 @@ class Figure:
             return self.value >= self.limit
         return self.value <= self.limit
 
-    def line(self) -> str:
-        """Return one line of text."""
-        verdict = "ok" if self.holds else "MISSED"
-        sign = ">=" if self.at_least else "<="
-        return f"{self.title}: {self.value:.4g} ({sign} {self.limit:g}) {verdict}"
+    def cells(self) -> list[str]:
+        """Return its line of a table."""
+        sign = "≥" if self.at_least else "≤"
+        verdict = "kept" if self.holds else "**missed**"
+        return [self.title, f"{self.value:.4g}", f"{sign} {self.limit:g}", verdict]
+
+
+def figures_table(figures: Sequence[Figure]) -> str:
+    """Return the Markdown of numbers beside their limits."""
+    header = ["what", "measured", "limit", ""]
+    return report.markdown(header, [figure.cells() for figure in figures], "")
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:

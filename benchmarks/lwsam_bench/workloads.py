@@ -22,6 +22,13 @@ from lwsam_bench.training import (
 )
 
 
+TITLES = {
+    "resnet20": "ResNet-20",
+    "wrn16-2": "WRN-16-2",
+    "vit-s": "ViT-S",
+    "gpt": "GPT",
+    "smallcnn": "small CNN",
+}
 CONTEXT = 128  # characters that the GPT reads
 MOMENTUM = 0.9
 
@@ -126,7 +133,7 @@ def _small_cnn(batch_size: int, data_dir: str | None, seed: int) -> Workload:
         seed=seed,
     )
     return _images(
-        "small CNN",
+        TITLES["smallcnn"],
         dataset,
         model,
         batch_size=batch_size,
@@ -148,7 +155,7 @@ def gpt_workload(
     """Make the workload of a GPT of any size on a text."""
     network = Network.of(model)
     return Workload(
-        title="GPT",
+        title=TITLES["gpt"],
         data=f"{text.NAME} {source.version}",
         loss_fn=next_character_loss(network),
         params=network.params,
@@ -181,9 +188,9 @@ def _vit(dataset: data.Dataset, rngs: nnx.Rngs) -> nnx.Module:
 
 # How to make each, and the size of a batch that a CPU manages in a second or so.
 WORKLOADS: Mapping[str, tuple[Callable[[int, str | None, int], Workload], int]] = {
-    "resnet20": (_cifar10("ResNet-20", _resnet20, 0.1), 128),
-    "wrn16-2": (_cifar10("WRN-16-2", _wrn, 0.1), 64),
-    "vit-s": (_cifar10("ViT-S", _vit, 0.01), 16),
+    "resnet20": (_cifar10(TITLES["resnet20"], _resnet20, 0.1), 128),
+    "wrn16-2": (_cifar10(TITLES["wrn16-2"], _wrn, 0.1), 64),
+    "vit-s": (_cifar10(TITLES["vit-s"], _vit, 0.01), 16),
     "gpt": (_gpt, 16),
     "smallcnn": (_small_cnn, 100),
 }

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import lwsam_jax as lwsam
-from lwsam_bench import cli_cost, pareto, pareto_report
+from lwsam_bench import cli_cost, docs_page, pareto, pareto_report
 from lwsam_bench._errors import UserError
 from lwsam_bench.metrics import read_rows
 from lwsam_bench.pareto_methods import (
@@ -105,7 +105,7 @@ def test_rendering_trains_nothing(finished, tmp_path):
 def test_the_page_of_the_documentation_is_brought_up_to_date(finished, tmp_path):
     page = tmp_path / "pareto.md"
     page.write_text(
-        f"# Title\n\n{pareto_report.OPEN}\nold\n{pareto_report.CLOSE}\n\nend\n"
+        "# Title\n\n{}\nold\n{}\n\nend\n".format(*docs_page.marks("pareto"))
     )
     rows = {"digits": list(read_rows(finished / "digits.jsonl"))}
     for _ in range(2):

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lwsam_bench import cli_cost, speed, speed_report, text, workloads
+from lwsam_bench import cli_cost, docs_page, speed, speed_report, text, workloads
+from lwsam_bench._errors import UserError
 from lwsam_bench.models.gpt import GPT
 from lwsam_bench.racers import budget, everyone, OPTAX_SAM, PAPER, SGD
 from lwsam_bench.speed_race import Lane, race, timing
@@ -29,7 +30,7 @@ def measured(tmp_path_factory):
         speed.SMOKE, only={SGD: 4, OPTAX_SAM: 4, SMALL: 4}, burst=2
     )
     console = Console(file=io.StringIO(), width=200)
-    assert speed.run(config, None, str(out), console) == 0
+    assert speed.run(config, None, str(out), None, console) == 0
     return out
 
 
@@ -60,6 +61,27 @@ def test_table_and_chart_are_written(measured):
     assert table.startswith("### small CNN, batch 8")
     assert all(f"| {method} |" in table for method in (SGD, OPTAX_SAM, SMALL))
     assert (measured / "speed-smallcnn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_come_from_the_rows_alone(measured, tmp_path):
+    """Rows of another model stay; the documentation has what the folder has."""
+    row = json.loads((measured / "speed.jsonl").read_text().splitlines()[0])
+    lines = [{**row, "model": "gpt", "unit": "tokens"}, row]
+    (tmp_path / "speed.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    page = tmp_path / "cost.md"
+    page.write_text(
+        "# Cost\n\n{}\n\nold\n{}\n\nend\n".format(*docs_page.marks("speed"))
+    )
+    console = Console(file=io.StringIO(), width=200)
+    arguments = (speed.SMOKE, None, str(tmp_path), str(tmp_path), console)
+    assert speed.run(*arguments, render_only=True) == 0
+    text = page.read_text()
+    assert (tmp_path / "speed-table.md").read_text() in text
+    assert text.index("### GPT") < text.index("### small CNN") < text.index("end")
+    assert "old" not in text
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="generated: speed"):
+        speed.run(*arguments, render_only=True)
 
 
 def test_methods_are_those_of_the_table():
@@ -190,7 +212,8 @@ def test_check_passes_where_all_limits_are_kept():
 )
 def test_check_finds_a_broken_limit(method, change):
     figures = speed_report.figures(rows_of_a_check(**{method: change}))
-    assert any("MISSED" in figure.line() for figure in figures if not figure.holds)
+    assert not all(figure.holds for figure in figures)
+    assert "missed" in speed_report.figures_table(figures)
 
 
 def test_text_batches_follow_from_seed_and_step():
