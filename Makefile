@@ -45,7 +45,7 @@ demo: $(READY) ## train on real images with SGD, SAM and layer-wise SAM, side by
 	$(BIN)/lwsam-bench demo
 
 test: $(READY) ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check
@@ -63,14 +63,14 @@ flops: $(READY) ## FLOPs of the compiled ResNet-20 step over a plain gradient
 	$(BIN)/lwsam-bench flops
 
 test-floor: $(FLOOR_READY) ## run the library's tests on the oldest versions it supports
-	.venv-floor/bin/python -m pytest $(LIBRARY_TESTS) $(ARGS)
+	.venv-floor/bin/python -m pytest -n auto --dist loadfile $(LIBRARY_TESTS) $(ARGS)
 
 test-newest: .venv-newest/.made ## run the library's tests on the newest versions there are
 	.venv-newest/bin/python -m pip install $(PIP_FLAGS) --upgrade \
 		--upgrade-strategy eager --editable '.[test]'
 	.venv-newest/bin/python -m pip list --disable-pip-version-check \
 		| grep -E '^(jax|jaxlib|flax|optax) '
-	.venv-newest/bin/python -m pytest $(LIBRARY_TESTS) $(ARGS)
+	.venv-newest/bin/python -m pytest -n auto --dist loadfile $(LIBRARY_TESTS) $(ARGS)
 
 lock: .venv-lock/.made ## choose the newest versions again and write requirements/*.txt
 	.venv-lock/bin/python -m pip install $(PIP_FLAGS) uv==$(UV_VERSION)
