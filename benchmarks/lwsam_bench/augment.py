@@ -44,33 +44,54 @@ class Batches:
         std: np.ndarray,
         augment: bool,
     ):
-        self.steps_per_epoch = len(split) // batch_size
-        self._batch_size = batch_size
-        self._size = len(split)
+        self._order = Order(len(split), batch_size, seed)
         self._seed = seed
         self._images = jnp.asarray(split.images)
         self._labels = jnp.asarray(split.labels)
         self._mean, self._std = jnp.asarray(mean), jnp.asarray(std)
         self._augment = augment
-        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of whole batches in an epoch."""
+        return self._order.steps_per_epoch
 
     def __call__(self, step: int) -> dict[str, Array]:
         """Return the batch of a step: `image` f32[B, H, W, C] and `label` i32[B]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._seed, epoch, self._size))
-        start = position * self._batch_size
-        rows = self._order[1][start : start + self._batch_size]
-        return _assemble(
+        return assemble(
             self._images,
             self._labels,
-            rows,
+            self._order.rows(step),
             np.int32(self._seed),
             np.int32(step),
             self._mean,
             self._std,
             augment=self._augment,
         )
+
+
+class Order:
+    """Which images are in the batch of a step.
+
+    Args:
+      size: Number of images.
+      batch_size: Images in a batch.
+      seed: Decides the order.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.steps_per_epoch = size // batch_size
+        self._size, self._batch_size, self._seed = size, batch_size, seed
+        self._latest: tuple[int, np.ndarray] | None = None
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the places i32[B] of the images; threads may call this together."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        latest = self._latest
+        if latest is None or latest[0] != epoch:
+            latest = self._latest = epoch, epoch_order(self._seed, epoch, self._size)
+        start = position * self._batch_size
+        return latest[1][start : start + self._batch_size]
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -107,7 +128,7 @@ def crop_and_flip(images: Array, key: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="augment")
-def _assemble(
+def assemble(
     images: Array,
     labels: Array,
     rows: Array,
@@ -118,6 +139,10 @@ def _assemble(
     *,
     augment: bool,
 ) -> dict[str, Array]:
+    """Return some rows of images u8[N, H, W, C] and labels i32[N] as a batch.
+
+    The random numbers of the augmentation follow from seed and step.
+    """
     image = normalize(images[rows], mean, std)
     if augment:
         key = jax.random.fold_in(jax.random.key(seed), _AUGMENT_STREAM)

@@ -26,6 +26,8 @@ DIGITS_TRAIN_SIZE = 1_000
 _DIGITS_SPLIT_SEED = 0
 _SUBSET_SEED = 0
 
+DEVICE_BYTES = 2**31  # images of a split beyond this stay on the host
+
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from lwsam_bench import data, model_names, models, text, training, vit_checkpoint
 from lwsam_bench._errors import UserError
-from lwsam_bench.augment import Batches
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.model_names import ModelName
 from lwsam_bench.models.finetune import CHANNELS
+from lwsam_bench.pipeline import make_batches
 from lwsam_bench.training import LossFn, Network
 
 
@@ -120,7 +120,7 @@ def _images(
         mean = std = np.full(CHANNELS, 0.5, np.float32)
         eval_batch_size = VIT_EVAL_BATCH_SIZE
     network = _network(config, dataset.image_shape, dataset.num_classes, weights)
-    batches = Batches(
+    batches = make_batches(
         dataset.train,
         batch_size=config.batch_size,
         seed=config.seed,

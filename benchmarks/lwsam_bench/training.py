@@ -15,7 +15,7 @@ import lwsam_jax as lwsam
 from lwsam_bench import methods
 from lwsam_bench.augment import normalize
 from lwsam_bench.config import DECAY_AT, TrainConfig
-from lwsam_bench.data import Split
+from lwsam_bench.data import DEVICE_BYTES, Split
 
 
 EVAL_BATCH_SIZE = 500
@@ -166,7 +166,7 @@ class Evaluator:
     """Mean loss and accuracy on a split, each image counted once.
 
     The last batch is filled up with zeros that have no weight, so that one executable
-    does for all.
+    does for all. Images that are too many for the device go there batch by batch.
     """
 
     def __init__(
@@ -183,9 +183,11 @@ class Evaluator:
         count = -(-size // batch_size)
         padding = count * batch_size - size
 
-        def batches(x: np.ndarray) -> Array:
+        put = jnp.asarray if split.images.nbytes <= DEVICE_BYTES else np.asarray
+
+        def batches(x: np.ndarray) -> Any:
             x = np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-            return jnp.asarray(x.reshape(count, batch_size, *x.shape[1:]))
+            return put(x.reshape(count, batch_size, *x.shape[1:]))
 
         self._size = size
         self._images = batches(split.images)
