@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lwsam_bench import cli_cost, cli_paper, cli_train
+from lwsam_bench import cli_cost, cli_paper, cli_train, cost_table
 from lwsam_bench._errors import UserError
 from lwsam_bench.arguments import count
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_train.add(commands, _start)
     _add_flops(commands.add_parser("flops", help="FLOPs of a step over a gradient"))
     cli_cost.add(commands, _start, count)
+    cost_table.add_cost(commands, _start, count)
     cli_paper.add(commands, _start)
     return parser
 
