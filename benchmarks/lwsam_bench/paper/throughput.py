@@ -1,0 +1,197 @@
+"""Table 2: images a second of each method, all of them taking turns in one process.
+
+Times of different runs cannot be compared, so all methods of a benchmark are raced
+against each other, step by step, and leave one row. A benchmark whose row is there is not
+raced again; one that was cut off starts over.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import warnings
+from collections.abc import Mapping
+
+import jax
+from rich.console import Console
+
+from lwsam_bench import methods, tasks
+from lwsam_bench._errors import UserError
+from lwsam_bench.config import TrainConfig
+from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
+from lwsam_bench.paper import runs, setups, throughput_report
+from lwsam_bench.paper.artefact import Artefact
+from lwsam_bench.progress import reading
+from lwsam_bench.provenance import provenance
+from lwsam_bench.racers import TrainStepRacer
+from lwsam_bench.speed_race import Lane, race, timing
+from lwsam_bench.training import make_optimizer, make_schedule
+from lwsam_bench.workloads import Workload
+
+
+_FILE = "throughput.jsonl"
+_BURST = 10  # steps of a turn on a fast device
+
+STEPS: Mapping[str, int] = {"smoke": 6, "small": 60, "paper": 300}
+
+
+def table2(
+    scale: str,
+    out: pathlib.Path,
+    data_dir: str | None,
+    console: Console,
+    *,
+    seeds: int | None = None,
+    jobs: int = 1,
+) -> Artefact:
+    """Race what is missing in `out` and return the artefact.
+
+    Args:
+      scale: One of `setups.SCALES`.
+      out: Folder of the rows.
+      data_dir: Folder of tensorflow-datasets.
+      console: Where to report.
+      seeds: Not read: a race has one.
+      jobs: Not read: whatever ran beside a race would spoil it.
+    """
+    del seeds, jobs
+    path = output_folder(str(out)) / _FILE
+    found: dict[str, Row] = {}
+    missing: dict[str, str] = {}
+    with MetricsFile(path, keep_until=0) as file:
+        for benchmark in setups.BENCHMARKS:
+            row = _finished(path, benchmark, scale)
+            if row is None:
+                try:
+                    row = _row(benchmark, scale, data_dir, console)
+                except UserError as error:
+                    missing[benchmark] = str(error)
+                    console.print(f"{error}\nThe benchmark is left out.")
+                    continue
+                file.write(row)
+            found[benchmark] = row
+    return throughput_report.render(found, missing, scale)
+
+
+def configs(benchmark: str, scale: str) -> dict[str, TrainConfig]:
+    """Return the configurations of a race, by what is in the table; SGD is the first."""
+    found = {
+        method: setups.config(benchmark, method, scale, 0) for method in setups.METHODS
+    }
+    budgeted = setups.config(benchmark, "lwsam", scale, 0, max_overhead=setups.BUDGET)
+    return {**found, setups.BUDGETED: budgeted}
+
+
+def _identity(benchmark: str, scale: str) -> Row:
+    """Return what a row must agree in to stand for a race."""
+    return {
+        "kind": "throughput",
+        "benchmark": benchmark,
+        "steps": STEPS[scale],
+        "setup": dataclasses.asdict(setups.setup(benchmark, scale)),
+    }
+
+
+def _finished(path: pathlib.Path, benchmark: str, scale: str) -> Row | None:
+    """Return the row of a race that ended, if there is one."""
+    wanted = _identity(benchmark, scale)
+    for row in read_rows(path):
+        same = all(row.get(name) == value for name, value in wanted.items())
+        if same and "failed" not in row:
+            return row
+    return None
+
+
+def _row(benchmark: str, scale: str, data_dir: str | None, console: Console) -> Row:
+    """Race the methods of a benchmark; a failure is a row, too."""
+    workload = workload_of(benchmark, scale, data_dir, console)
+    row = {**_identity(benchmark, scale), "origin": provenance()}
+    try:
+        return {**row, **measure(workload, configs(benchmark, scale), scale, console)}
+    except Exception as error:  # of XLA, such as too little memory
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"{workload.title} failed: {reason}", highlight=False)
+        return {**row, "failed": reason}
+
+
+def workload_of(
+    benchmark: str, scale: str, data_dir: str | None, console: Console
+) -> Workload:
+    """Return what all methods of a benchmark train.
+
+    Raises:
+      UserError: If data or weights are missing.
+    """
+    config = setups.config(benchmark, "sgd", scale, 0)
+    with reading(console, config.dataset) as on_record:
+        task = tasks.make(config, data_dir, on_record)
+    source = f"{task.source['name']} {task.source['version']}"
+    # The learning rate of the beginning of the run; it has no part in the time.
+    schedule = make_schedule(config.lr, config.total_steps(task.steps_per_epoch))
+    return Workload(
+        title=f"{runs.title(benchmark, scale)}, {config.model}",
+        data=". ".join(filter(None, (source, task.note))),
+        loss_fn=task.loss_fn,
+        params=task.network.params,
+        model_state=task.network.model_state,
+        batches=task.batches,
+        optimizer=make_optimizer(config, schedule),
+        batch_size=config.batch_size,
+        items=task.items_per_batch,
+        unit=task.unit,
+    )
+
+
+def measure(
+    workload: Workload,
+    wanted: Mapping[str, TrainConfig],
+    scale: str,
+    console: Console,
+) -> Row:
+    """Race methods on a workload; return what was measured, by method.
+
+    Args:
+      workload: What they train.
+      wanted: Their configurations; the first is what the others are compared with.
+      scale: How long to race.
+      console: Where to report.
+    """
+    lanes = [
+        Lane(TrainStepRacer(name, methods.configure(config)), STEPS[scale])
+        for name, config in wanted.items()
+    ]
+    burst = 1 if jax.default_backend() == "cpu" else _BURST
+    with console.status(workload.title) as status, warnings.catch_warnings():
+        # A budget below the price of any layer: the FLOPs say that its steps are plain.
+        warnings.filterwarnings("ignore", message=".*below the price of any layer.*")
+        for lane in lanes:
+            lane.racer.start(workload)
+        race(
+            lanes,
+            workload.batches,
+            burst,
+            lambda done: status.update(
+                f"{workload.title}: step {done} of {STEPS[scale]}"
+            ),
+        )
+    return {
+        "title": workload.title,
+        "data": workload.data,
+        "burst": burst,
+        "methods": {
+            lane.racer.label: _measured(lane, lanes[0], workload) for lane in lanes
+        },
+    }
+
+
+def _measured(lane: Lane, base: Lane, workload: Workload) -> Row:
+    took = timing(lane, base)
+    return {
+        "images_per_second": workload.items / took.seconds,
+        "time": took.ratio,
+        "time_quartiles": took.quartiles,
+        "seconds": took.seconds,
+        "flops": statistics.mean(lane.racer.ratios),
+        "flops_most": max(lane.racer.ratios),
+        "waits": took.waits,
+        "compile_seconds": lane.racer.compile_seconds,
+    }

@@ -1,0 +1,133 @@
+"""`table2`: one race for each benchmark, one row, the published numbers beside it."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+import tiny_task
+from lwsam_bench._errors import UserError
+from lwsam_bench.paper import published, setups, throughput, throughput_report
+
+
+STEPS = throughput.STEPS["smoke"]
+
+
+def make_task(config, data_dir, on_record):
+    """Flowers is there; CIFAR-10 has fewer layers than it wants; the rest is missing."""
+    if config.dataset == "cifar100":
+        raise UserError("cifar100 is not in some folder.\nFetch it.")
+    return tiny_task.make()
+
+
+def run(out, console=None):
+    console = console or Console(file=io.StringIO(), width=200)
+    artefact = throughput.table2("smoke", out, None, console, seeds=3, jobs=2)
+    artefact.save(out)
+    return artefact
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory):
+    """The artefact of a first run, and its folder."""
+    out = tmp_path_factory.mktemp("table2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput.tasks, "make", make_task)
+        return run(out), out
+
+
+def rows_of(out):
+    return [json.loads(x) for x in (out / "throughput.jsonl").read_text().splitlines()]
+
+
+def test_all_methods_run_in_one_race(raced):
+    row = rows_of(raced[1])[-1]
+    assert row["benchmark"] == "flowers"
+    assert list(row["methods"]) == [*setups.METHODS, setups.BUDGETED]
+    flops = {name: found["flops"] for name, found in row["methods"].items()}
+    assert flops["sgd"] == 1.0
+    assert flops["gsam"] == pytest.approx(2.0, abs=0.2)
+    # One ascent in three steps.
+    assert flops["looksam"] - 1 == pytest.approx((flops["gsam"] - 1) / 3)
+    assert 1.0 < flops["lwsam"] < flops["gsam"]
+    assert row["methods"][setups.BUDGETED]["flops_most"] <= 1 + setups.BUDGET
+    assert row["methods"]["sgd"]["time"] == pytest.approx(1.0)
+    assert row["methods"]["gsam"]["time"] > 0
+    assert row["steps"] == STEPS
+    assert row["origin"]["packages"]["jax"]
+
+
+def test_table_has_ours_beside_the_published(raced):
+    artefact, out = raced
+    assert [table.title.split(",")[0] for table in artefact.tables] == [
+        "CIFAR-10",
+        "CIFAR-100",
+        "Oxford Flowers-102 subset",
+        "CIFAR-100",
+    ]
+    flowers = artefact.tables[2]
+    for method, cells in zip(setups.METHODS, flowers.rows, strict=False):
+        assert cells[5] == f"{published.THROUGHPUT['flowers', method]:g}"
+    assert flowers.rows[0][2] == "100%"
+    assert flowers.rows[1][6] == "67%"  # 401.9 / 604.2
+    assert flowers.rows[-1][5:] == ("", "")
+    assert all(cells[4].endswith("×") for cells in flowers.rows)
+    assert tiny_task.NOTE in flowers.notes[1]
+    assert "RTX A6000" in artefact.notes[0]
+    assert (out / "table2.md").exists()
+
+
+def test_what_did_not_run_is_told(raced):
+    artefact, out = raced
+    ten, hundred = artefact.tables[:2]
+    assert [cells[1] for cells in ten.rows] == ["failed"] * 5
+    assert "k" in ten.notes[0]
+    assert all(cells[1:5] == ("",) * 4 for cells in hundred.rows)
+    assert hundred.rows[0][5] == "229.1"
+    missing = "CIFAR-100 is empty: cifar100 is not in some folder."
+    assert missing in artefact.notes
+    assert [row["benchmark"] for row in rows_of(out)] == ["cifar10", "flowers"]
+
+
+def test_a_race_that_ended_is_not_run_again(raced, monkeypatch):
+    artefact, out = raced
+
+    def nothing_is_there(config, data_dir, on_record):
+        raise UserError(f"{config.dataset} is not there")
+
+    monkeypatch.setattr(throughput.tasks, "make", nothing_is_there)
+    again = run(out)
+    assert again.tables[2] == artefact.tables[2]
+    # The one that failed is tried again.
+    assert "CIFAR-10 is empty: cifar10 is not there" in again.notes
+
+
+def test_a_race_of_another_setup_is_no_race(raced, monkeypatch):
+    monkeypatch.setitem(throughput.STEPS, "smoke", STEPS + 1)
+    path = raced[1] / "throughput.jsonl"
+    assert throughput._finished(path, "flowers", "smoke") is None
+
+
+def test_time_is_unknown_where_every_step_compiled():
+    row = rows_with_time(None)
+    assert throughput_report._ours(row, "sgd") == ("–", "–", "–", "1.50 ×")
+    row = rows_with_time(float("nan"))
+    assert throughput_report._ours(row, "sgd") == ("–", "–", "–", "1.50 ×")
+    row = rows_with_time(1.25)
+    assert throughput_report._ours(row, "sgd") == (
+        "1,235",
+        "80%",
+        "50% to 100%",
+        "1.50 ×",
+    )
+
+
+def rows_with_time(time):
+    found = {
+        "images_per_second": 1234.6,
+        "time": time,
+        "time_quartiles": [1.0, 2.0],
+        "flops": 1.5,
+    }
+    return {"methods": {"sgd": found}}
