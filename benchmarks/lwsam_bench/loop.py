@@ -123,8 +123,8 @@ class _Run:
             task.steps_per_epoch, -(-self.total // CHECKPOINTS_IN_A_RUN)
         )
         self.started = time.perf_counter()
-        self.unread: list[jax.Array] = []  # whether the latest steps were finite
-        self.diverged = False
+        self.unread: list[lwsam.StepInfo] = []  # of the latest steps
+        self.recent = Tally()
         self.record = before or {
             "config": dataclasses.asdict(config),
             "data": dict(task.source),
@@ -158,7 +158,7 @@ class _Run:
             if self.done >= self.total:
                 # None: it was killed before it could write its last row.
                 result = result or self._evaluate()
-                metrics.write(self._tally().end_row(self._where(), result))
+                metrics.write(self._end_row(result))
                 metrics.sync()
         if self.done < self.total:
             self.console.print(
@@ -176,7 +176,7 @@ class _Run:
         rate, first, result = Rate(), self.done, None
         while self.done < self.total and not stop.signal:
             self.state, info = self.step_fn(self.state, self.task.batches(self.done))
-            self.unread.append(info.finite)
+            self.unread.append(info)
             self.done += 1
             last = self.done == self.total
             if self.done % self.options.log_every == 0 or last:
@@ -214,16 +214,21 @@ class _Run:
         self.checkpoints.save(self.done, self.state, position)
 
     def _tally(self) -> Tally:
-        self.diverged |= not all(jax.device_get(self.unread))
+        self.recent = self.recent.after(self.unread)
         self.unread = []
         return self.earlier.add(
-            Tally(
+            dataclasses.replace(
+                self.recent,
                 seconds=time.perf_counter() - self.started,
                 compile_seconds=self.step_fn.compile_seconds,
                 executables=tuple(map(str, self.step_fn.executables)),
-                diverged=self.diverged,
             )
         )
+
+    def _end_row(self, result: Row) -> Row:
+        layers = self.step_fn.layers
+        assert layers is not None  # `init` has seen the parameters
+        return self._tally().end_row(self._where(), result, layers)
 
     def _where(self) -> Row:
         return {"step": self.done, "epoch": self.done / self.task.steps_per_epoch}

@@ -5,12 +5,10 @@ draws one picture for each benchmark from those rows alone. It takes what `table
 takes.
 """
 
-import collections
 import math
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from rich.console import Console
 
@@ -24,7 +22,7 @@ from lwsam_bench.paper.runs import Runs
 
 # The paper leaves the ViT out: most of it is frozen.
 _THREE = ("cifar10", "cifar100", "flowers")
-_EPOCH = "The value of an epoch is the mean over its steps"
+_EPOCH = "The value of an epoch is the mean over its rows"
 
 
 def figure1(
@@ -50,8 +48,14 @@ def figure1(
     )
 
     def rows(outcome: Outcome) -> list[Row]:
-        by_epoch = _by_epoch(outcome.rows("train"))
-        return [{"epoch": n, "norms": _mean_norms(some)} for n, some in by_epoch]
+        names = layers(outcome)
+        return [
+            {
+                "epoch": n,
+                "norms": {x: _mean(row["norms"][x] for row in some) for x in names},
+            }
+            for n, some in _by_epoch(outcome.rows("train"))
+        ]
 
     notes = (f"{_EPOCH}, and over the seeds. Layers are weights, as perturbed.",)
     return _figure("figure1", found, rows, curve_plots.layer_norms, out, notes)
@@ -82,7 +86,7 @@ def figure3(
 
     notes = (
         "Test accuracy at the end of an epoch, training loss (that of the unperturbed"
-        " network) as the mean over the steps of the epoch. Lines are means over the"
+        " network) as the mean over the rows of the epoch. Lines are means over the"
         " seeds, bands their standard error.",
     )
     return _figure("figure3", found, rows, curve_plots.learning_curves, out, notes)
@@ -139,10 +143,10 @@ def figure5(
     weights = _weights(found)
 
     def rows(outcome: Outcome) -> list[Row]:
-        steps = outcome.rows("train")
-        counts = collections.Counter(name for row in steps for name in row["perturbed"])
-        perturbed = {name: counts[name] for name in weights(outcome)}
-        return [{"steps": len(steps), "perturbations": perturbed}]
+        end = outcome.end
+        assert end is not None  # it is done
+        counts = {name: end["perturbed"][name] for name in weights(outcome)}
+        return [{"steps": end["step"], "perturbations": counts}]
 
     notes = (
         "Counted over all steps, mean over the seeds. SGD perturbs nothing. Layers are"
@@ -247,29 +251,27 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.mean(found) if found else None
 
 
-def _mean_norms(rows: Sequence[Row]) -> dict[str, float | None]:
-    return {
-        name: _mean(row["norms"][name] for row in rows) for name in rows[0]["norms"]
-    }
-
-
 def _norm(norms: dict[str, float | None], names: Iterable[str]) -> float | None:
     parts = [norms[name] for name in names]
     found = [part for part in parts if part is not None]
     return math.hypot(*found) if len(found) == len(parts) else None
 
 
-def _weights(found: Runs) -> Callable[[Outcome], list[str]]:
-    """Return what names the layers of a run that are weights.
+def layers(outcome: Outcome) -> list[str]:
+    """Return the layers of a run, from the input on."""
+    assert outcome.end is not None  # it is done
+    return list(outcome.end["perturbed"])
 
-    To SAM in the form of the library every parameter is a layer, to SGD and to layer-wise
-    SAM only weights are: those that all runs of a benchmark have in common.
+
+def _weights(found: Runs) -> Callable[[Outcome], list[str]]:
+    """Return what names the layers of a run that are weights, from the input on.
+
+    Where every parameter is perturbed each is a layer; to layer-wise SAM, and to SGD,
+    only weights are.
     """
     names: dict[pathlib.Path, list[str]] = {}
     for benchmark in found.benchmarks():
         done = [o for what in setups.METHODS for o in found.done(benchmark, what)]
-        layers = [list(o.rows("train")[0]["norms"]) for o in done]
-        if layers:
-            fewest: Any = min(layers, key=len)
-            names.update({o.folder: fewest for o in done})
+        fewest = min(map(layers, done), key=len, default=[])
+        names.update({outcome.folder: fewest for outcome in done})
     return lambda outcome: names[outcome.folder]

@@ -92,8 +92,8 @@ def judge(folder: pathlib.Path) -> Outcome:
     if end is None:
         return Outcome(folder, PENDING)
     # JSON has no name for what is not finite: such a loss is null.
-    if end.get("loss") is None:
-        return Outcome(folder, FAILED, "diverged: the loss is not a finite number")
+    if end["diverged"] or end["loss"] is None:
+        return Outcome(folder, FAILED, "diverged: a loss or a gradient is not finite")
     return Outcome(folder, DONE)
 
 

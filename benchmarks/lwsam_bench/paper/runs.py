@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -180,4 +179,5 @@ def accuracy(outcome: Outcome) -> float:
 
 def flops(outcome: Outcome) -> float:
     """Return the mean FLOPs of a run's steps over those of a plain one."""
-    return 1.0 + statistics.mean(row["overhead"] for row in outcome.rows("train"))
+    assert outcome.end is not None  # it is done
+    return 1.0 + outcome.end["overhead"]

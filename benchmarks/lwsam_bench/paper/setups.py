@@ -173,6 +173,7 @@ _CHANGES: Mapping[str, Mapping[str, dict[str, Any]]] = {
         },
         "lm": {
             "model": "gpt-tiny",
+            "layers": 15,
             "steps": 6,
             "batch_size": 4,
             "train_images": 20_000,

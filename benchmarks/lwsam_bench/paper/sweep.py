@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import filelock
 from rich.console import Console
 
+from lwsam_bench import run_folder
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import RunOptions, TrainConfig
 from lwsam_bench.metrics import output_folder
@@ -28,9 +29,6 @@ from lwsam_bench.paper.outcome import (
 )
 from lwsam_bench.paper.pool import Pool
 from lwsam_bench.stopping import Stop
-
-
-LOCK = ".lock"  # of `loop.train`
 
 
 class Stopped(Exception):
@@ -140,7 +138,7 @@ class Sweep:
         return RunOptions(
             out=str(self.folder(config)),
             data_dir=self._data_dir,
-            log_every=1,  # the figures count every step
+            log_every=50 if _is_long(config) else 1,
             checkpoint_every=None,
         )
 
@@ -164,7 +162,7 @@ class Sweep:
         folder = self.folder(config)
         if not folder.exists():
             return
-        lock = filelock.FileLock(folder / LOCK)
+        lock = filelock.FileLock(folder / run_folder.LOCK)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -180,6 +178,11 @@ class Sweep:
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _is_long(config: TrainConfig) -> bool:
+    """Return whether a run has rows enough if not every step leaves one."""
+    return (config.epochs or 0) > 20 or (config.steps or 0) > 2_000
 
 
 class _TimeLeft:
