@@ -100,7 +100,7 @@ def page(network: Network, console: Console, *, compiling: bool) -> str:
         f"# Cost of a step: {network.model}, batch {network.batch_size}",
         f"Images of {network.image_size} x {network.image_size}, {network.classes}"
         f" classes, {size:,} parameters that are trained in {len(cost.layers)} layers."
-        f" A plain gradient is {cost.plain / 1e9:,.3g} GFLOPs. From one trace of the"
+        f" A plain gradient is {cost.plain / 1e9:,.2f} GFLOPs. From one trace of the"
         " loss: nothing was run.",
         _summary(cost),
         _by_layer(cost),
@@ -134,8 +134,8 @@ def _summary(cost: lwsam.StepCost) -> str:
     told = []
     for budget in BUDGETS:
         within = [name for name in names if prices[name] <= budget]
-        where = f" ({within[0]} and what follows)" if within else ""
-        told.append(f"within {1 + budget:.2f} {len(within)}{where}")
+        where = f" (from {within[0]} on)" if within else ""
+        told.append(f"{len(within)} within {1 + budget:.2f}{where}")
     notes = (
         "FLOPs over those of a plain gradient; Eq. 8 is the paper's cost, without a"
         " forward pass that both gradients share. How many of the"
@@ -185,7 +185,7 @@ def _compiled(
             [
                 title,
                 f"{seconds:.0f}",
-                f"{counted / 1e9:,.4g}",
+                f"{counted / 1e9:,.2f}",
                 f"{counted / plain:.3f}",
                 f"{cost.ratio(selection):.3f}",
                 f"{memory(compiled) / 2**30:.2f}",

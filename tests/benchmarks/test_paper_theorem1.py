@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from lwsam_bench._errors import UserError
 from lwsam_bench.paper import theorem1, theorem1_report
+from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem, WIDTH
 
 
@@ -196,3 +198,11 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert path.read_text() == rows
     assert json.loads((tmp_path / "theorem1.json").read_text())["name"] == "theorem1"
     assert (tmp_path / "theorem1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_cannot_write_one_file(tmp_path):
+    with row_lock(tmp_path / "theorem1.jsonl"):
+        with pytest.raises(UserError, match="another process is writing"):
+            run(tmp_path)
+    with row_lock(tmp_path / "theorem1.jsonl"):
+        pass

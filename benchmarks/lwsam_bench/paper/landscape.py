@@ -18,6 +18,7 @@ from lwsam_bench.paper import landscape_report, setups
 from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.landscape_grid import choose_layers, Images, Layer, norm, Plane
 from lwsam_bench.paper.outcome import DONE, run_id
+from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.sweep import Sweep
 from lwsam_bench.progress import reading
 from lwsam_bench.provenance import provenance
@@ -144,6 +145,12 @@ class Scanner:
           run: The folder of that.
         """
         path = self._folder / f"{run_id(config)}.jsonl"
+        with row_lock(path):
+            return self._measure(config, run, path)
+
+    def _measure(
+        self, config: TrainConfig, run: pathlib.Path, path: pathlib.Path
+    ) -> list[Row]:
         extent = {"images": self._extent.images, "steps": list(self._extent.steps)}
         rows = list(read_rows(path))
         if not rows or rows[0].get("extent") != extent:

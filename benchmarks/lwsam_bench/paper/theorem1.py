@@ -44,9 +44,10 @@ from jax import Array
 from rich.console import Console
 
 import lwsam_jax as lwsam
-from lwsam_bench.metrics import MetricsFile, read_rows, Row
+from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import theorem1_report
 from lwsam_bench.paper.artefact import Artefact, command_line
+from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem
 from lwsam_bench.provenance import provenance
 
@@ -116,7 +117,9 @@ def theorem1(
     del data_dir, jobs
     length = LENGTHS[scale]
     length = dataclasses.replace(length, seeds=seeds or length.seeds)
-    rows = list(measure(length, out / "theorem1.jsonl", console))
+    path = output_folder(str(out)) / "theorem1.jsonl"
+    with row_lock(path):
+        rows = list(measure(length, path, console))
     return theorem1_report.render(
         rows, {s.name: s.title for s in SETTINGS}, scale, out, command_line()
     )

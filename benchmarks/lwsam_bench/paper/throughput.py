@@ -20,6 +20,7 @@ from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import runs, setups, throughput_report
 from lwsam_bench.paper.artefact import Artefact
+from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.progress import reading
 from lwsam_bench.provenance import provenance
 from lwsam_bench.racers import TrainStepRacer
@@ -57,7 +58,7 @@ def table2(
     path = output_folder(str(out)) / _FILE
     found: dict[str, Row] = {}
     missing: dict[str, str] = {}
-    with MetricsFile(path, keep_until=0) as file:
+    with row_lock(path), MetricsFile(path, keep_until=0) as file:
         for benchmark in setups.BENCHMARKS:
             row = _finished(path, benchmark, scale)
             if row is None:
