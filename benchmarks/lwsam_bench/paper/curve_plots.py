@@ -36,9 +36,10 @@ def layer_norms(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
         if len(names) <= _MOST_NAMES:
             figure.legend(loc="outside lower center", ncols=3, frameon=False)
         else:
-            scale = Normalize(1, len(names) / 0.95)
+            scale = Normalize(1, 1 + (len(names) - 1) / 0.95)
             bar = figure.colorbar(ScalarMappable(scale, "viridis"), ax=axis)
             bar.ax.set_ylim(1, len(names))
+            bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
             bar.set_label(f"layer, from {names[0]} to {names[-1]}")
 
 
@@ -81,6 +82,7 @@ def perturbations(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
                 label=METHODS[method],
             )
         axis.set_yticks(places, names)
+        axis.margins(y=0.01)
         axis.invert_yaxis()  # the input on top
         steps = max(row["steps"] for row in rows)
         axis.set_title(f"{title}: perturbations in {steps:,} steps")

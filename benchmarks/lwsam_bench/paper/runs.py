@@ -34,7 +34,7 @@ class Runs:
         found = self.outcomes.get((benchmark, what), ())
         return [outcome for outcome in found if outcome.status == DONE]
 
-    def cell(
+    def mean(
         self,
         benchmark: str,
         what: Hashable,
@@ -49,14 +49,26 @@ class Runs:
           value: Reads the number off a run.
           show: Formats the mean and the error, which is None for one seed.
         """
-        found = self.outcomes.get((benchmark, what), ())
-        failed = sum(outcome.status == FAILED for outcome in found)
         values = [value(outcome) for outcome in self.done(benchmark, what)]
         if not values:
-            return "failed" if failed else ""
+            return ""
         mean, error = report.mean_and_error(values)
-        text = show(mean, error if len(values) > 1 else None)
-        return f"{text} ({failed} of {len(found)} failed)" if failed else text
+        return show(mean, error if len(values) > 1 else None)
+
+    def cell(
+        self,
+        benchmark: str,
+        what: Hashable,
+        value: Callable[[Outcome], float],
+        show: Callable[[float, float | None], str],
+    ) -> str:
+        """Return what `mean` does, and how many of the runs failed."""
+        found = self.outcomes.get((benchmark, what), ())
+        failed = sum(outcome.status == FAILED for outcome in found)
+        text = self.mean(benchmark, what, value, show)
+        if not failed:
+            return text
+        return f"{text} ({failed} of {len(found)} failed)" if text else "failed"
 
     def seeds(self, benchmark: str, what: Hashable) -> str:
         """Return the number of runs behind a cell; empty if there are none."""

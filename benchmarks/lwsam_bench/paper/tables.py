@@ -217,7 +217,7 @@ def lm(
         (
             label,
             found.cell("lm", what, perplexity, _three_digits),
-            found.cell("lm", what, runs.flops, runs.times),
+            found.mean("lm", what, runs.flops, runs.times),
             found.seeds("lm", what),
             "",
         )
@@ -248,7 +248,7 @@ def perplexity(outcome: Outcome) -> float:
 def _measured(found: Runs, benchmark: str, what: Hashable) -> tuple[str, str, str]:
     return (
         found.cell(benchmark, what, runs.accuracy, runs.percent),
-        found.cell(benchmark, what, runs.flops, runs.times),
+        found.mean(benchmark, what, runs.flops, runs.times),
         found.seeds(benchmark, what),
     )
 
