@@ -105,6 +105,26 @@ def test_sigma_bounds_the_variance_even_where_it_is_sought(problem):
     assert 0.4 * problem.sigma2 < most <= problem.sigma2
 
 
+@pytest.mark.parametrize(("x", "y"), [(0.5, 0.5), (0.25, 0.5), (0.25, 0.05)])
+@pytest.mark.parametrize("layers", [(), (0,), (1, 4), tuple(range(LAYERS))])
+def test_a_step_descends_as_the_mended_proof_says(problem, x, y, layers):
+    """The inequality of the module, with the expectation over batches of one sample."""
+    r, eta = x / problem.beta, y / problem.beta
+    chosen = np.isin(np.arange(LAYERS), layers).repeat(WIDTH)
+    for w in points(5, spread=1.0):
+        after = []
+        for sample in range(len(problem.labels)):
+            moved = w + r * chosen * gradient(problem, w, [sample])
+            after.append(w - eta * gradient(problem, moved, [sample]))
+        now = problem.measure(w)
+        bound = (
+            now["loss"]
+            - eta / 2 * (1 - 2 * x * (1 - y * (1 - x))) * now["squared_norm"]
+            + eta * (y + x**2) * problem.sigma2
+        )
+        assert problem.measure(np.array(after))["loss"].mean() <= bound
+
+
 @pytest.mark.parametrize("k", [0, 2, LAYERS])
 def test_simulation_is_algorithm_1(problem, simulation, k):
     """Against the paper's lines 4 to 9 in float64, on the same batches."""

@@ -10,6 +10,13 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lwsam_bench import loop, tasks
 from lwsam_bench.config import TrainConfig
@@ -193,32 +200,41 @@ class Scanner:
             ],
             "origin": provenance(),
         }
-        with self._console.status(run.name) as status:
+        steps = self._extent.steps
+        total = len(layers) * len(steps)
+        with self._progress() as bar:
+            shown = bar.add_task(run.name, total=total, completed=len(known))
             for number, layer in enumerate(layers, start=1):
-                missing = [
-                    a for a in self._extent.steps if (layer.name, a) not in known
-                ]
+                missing = [alpha for alpha in steps if (layer.name, alpha) not in known]
+                bar.update(shown, description=f"{run.name}, {layer.name}")
                 for alpha in missing:
-                    status.update(
-                        f"{run.name}: layer {number} of {len(layers)}, {layer.name},"
-                        f" row {alpha}"
-                    )
                     plane = self._plane(task, layer, images)
-                    losses = plane.row(
-                        state.params, state.model_state, alpha, self._extent.steps
-                    )
+                    losses = plane.row(state.params, state.model_state, alpha, steps)
                     yield {
                         "kind": "grid",
                         "layer": layer.name,
                         "alpha": alpha,
                         "losses": losses,
                     }
+                    bar.advance(shown)
                 if missing:
                     self._console.print(
                         f"{run.name}: layer {number} of {len(layers)} done",
                         highlight=False,
                         soft_wrap=True,
                     )
+
+    def _progress(self) -> Progress:
+        """Return a bar for the rows, with the time left; for terminals alone."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
 
     def _read(self, config: TrainConfig) -> tuple[Task, Images]:
         if self._task is None:
