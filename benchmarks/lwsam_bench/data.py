@@ -42,6 +42,11 @@ class Split:
         """Return the number of images."""
         return len(self.labels)
 
+    @property
+    def fits_on_device(self) -> bool:
+        """Whether the images may all lie in the memory of the device."""
+        return self.images.nbytes <= DEVICE_BYTES
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

@@ -116,9 +116,14 @@ class _Run:
             run_folder.refuse_other_run(
                 out, position.get("identity", {}), self.identity
             )
+            if "tally" not in position:
+                raise UserError(
+                    f"{out} holds a run of an earlier version, which this one cannot go"
+                    " on with. Use another --out, or --no-resume to replace it"
+                )
             # It decides which executables run; they differ in how they round.
             self.step_fn.restore_history(position["history"])
-            self.earlier = Tally.restore(position.get("tally"))
+            self.earlier = Tally.restore(position["tally"])
         self.checkpoint_every = options.checkpoint_every or min(
             task.steps_per_epoch, -(-self.total // CHECKPOINTS_IN_A_RUN)
         )

@@ -8,14 +8,13 @@ that lie there, so that the batches are the same.
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from lwsam_bench.augment import assemble, Batches, Order
-from lwsam_bench.data import DEVICE_BYTES, Split
+from lwsam_bench.data import Split
 
 
 AHEAD = 4  # batches
@@ -24,18 +23,14 @@ THREADS = 2  # that gather them
 _NO_END = 2**31 - 1  # steps are counted in 32 bits
 
 
-def make_batches(
-    split: Split, *, device_bytes: int = DEVICE_BYTES, **options: Any
-) -> "Batches | HostBatches":
+def make_batches(split: Split, **options: Any) -> "Batches | HostBatches":
     """Return the training batches of a run, from wherever the images fit.
 
     Args:
       split: The training images and labels.
-      device_bytes: Images of more bytes stay on the host.
       **options: Those of `Batches`.
     """
-    fits = split.images.nbytes <= device_bytes
-    return (Batches if fits else HostBatches)(split, **options)
+    return (Batches if split.fits_on_device else HostBatches)(split, **options)
 
 
 class HostBatches:
@@ -87,6 +82,8 @@ class HostBatches:
         )
 
     def _from(self, step: int) -> Iterator[tuple[Array, Array]]:
+        import grain  # it takes a while
+
         batches = grain.MapDataset.range(step, _NO_END).map(self._gather)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
         return iter(batches.to_iter_dataset(options))

@@ -1,7 +1,7 @@
 """The rows that a training run leaves in `metrics.jsonl`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,10 +75,9 @@ class Tally:
     perturbed: tuple[int, ...] = ()
 
     @classmethod
-    def restore(cls, saved: dict[str, Any] | None) -> "Tally":
+    def restore(cls, saved: Mapping[str, Any]) -> "Tally":
         """Return what `dataclasses.asdict` and JSON made of a tally."""
-        saved = saved or {}
-        lists = {k: tuple(saved.get(k, ())) for k in ("executables", "perturbed")}
+        lists = {name: tuple(saved[name]) for name in ("executables", "perturbed")}
         return cls(**{**saved, **lists})
 
     def after(self, infos: Sequence[Any]) -> "Tally":

@@ -24,8 +24,11 @@ class Board:
     """
 
     def __init__(self, folder: pathlib.Path, done: int, total: int):
-        # It hides this step, too.
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1)
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=done + 1,  # it hides this step, too
+            filename_suffix=f".{done}",  # files of one second have one name
+        )
         self._apart, self._next = max(1, total // POINTS), done
 
     def write(self, row: Row) -> None:

@@ -15,7 +15,7 @@ import lwsam_jax as lwsam
 from lwsam_bench import methods
 from lwsam_bench.augment import normalize
 from lwsam_bench.config import DECAY_AT, TrainConfig
-from lwsam_bench.data import DEVICE_BYTES, Split
+from lwsam_bench.data import Split
 
 
 EVAL_BATCH_SIZE = 500
@@ -183,7 +183,7 @@ class Evaluator:
         count = -(-size // batch_size)
         padding = count * batch_size - size
 
-        put = jnp.asarray if split.images.nbytes <= DEVICE_BYTES else np.asarray
+        put = jnp.asarray if split.fits_on_device else np.asarray
 
         def batches(x: np.ndarray) -> Any:
             x = np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))

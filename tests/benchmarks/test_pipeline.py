@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lwsam_bench import pipeline
+from lwsam_bench import data, pipeline
 from lwsam_bench.augment import Batches
 from lwsam_bench.data import Split
 
@@ -17,10 +17,9 @@ def split(size=23):
     return Split(images, np.arange(size, dtype=np.int32))
 
 
-def make(augment, device_bytes):
+def make(augment):
     return pipeline.make_batches(
         split(),
-        device_bytes=device_bytes,
         batch_size=4,
         seed=7,
         mean=np.array([0.4, 0.5, 0.6], np.float32),
@@ -30,9 +29,11 @@ def make(augment, device_bytes):
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_the_batches_are_the_same(augment):
-    size = split().images.nbytes
-    device, host = make(augment, size), make(augment, size - 1)
+def test_the_batches_are_the_same(augment, monkeypatch):
+    monkeypatch.setattr(data, "DEVICE_BYTES", split().images.nbytes)
+    device = make(augment)
+    monkeypatch.setattr(data, "DEVICE_BYTES", split().images.nbytes - 1)
+    host = make(augment)
     assert isinstance(device, Batches)
     assert isinstance(host, pipeline.HostBatches)
     assert host.steps_per_epoch == device.steps_per_epoch == 5
@@ -40,8 +41,9 @@ def test_the_batches_are_the_same(augment):
         jax.tree.map(np.testing.assert_array_equal, host(step), device(step))
 
 
-def test_batches_are_gathered_ahead():
-    host = make(False, 0)
+def test_batches_are_gathered_ahead(monkeypatch):
+    monkeypatch.setattr(data, "DEVICE_BYTES", 0)
+    host = make(False)
     gather, seen, enough = host._gather, [], threading.Event()
 
     def watched(step):
