@@ -1,14 +1,16 @@
 """The setups of the paper's benchmarks: its hyper-parameters, and what scales change."""
 
 import dataclasses
+import functools
 
 import pytest
+from flax import nnx
 
 import lwsam_jax as lwsam
 from lwsam_bench import cli_paper, models
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import DATASETS
-from lwsam_bench.paper import setups
+from lwsam_bench.paper import setups, traced
 from lwsam_bench.training import Network
 
 
@@ -67,18 +69,24 @@ def test_every_scale_has_every_benchmark(scale):
 
 
 def test_the_number_of_layers_is_that_of_the_networks():
-    seen = {}
-    for scale in setups.SCALES:
-        for benchmark in (*setups.BENCHMARKS, "lm"):
-            setup = setups.setup(benchmark, scale)
-            # The largest ones take seconds to make.
-            if setup.model not in ("vit-b16", "wrn28-10"):
-                seen[setup.model] = setup.layers
-    assert len(seen) >= 6
-    for name, expected in seen.items():
-        model = models.build(name, image_shape=(32, 32, 3), num_classes=7, seed=0)
+    every = [
+        setups.setup(benchmark, scale)
+        for benchmark in (*setups.BENCHMARKS, "lm")
+        for scale in setups.SCALES
+    ]
+    for name, expected in {setup.model: setup.layers for setup in every}.items():
+        build = functools.partial(models.build, image_shape=(32, 32, 3), num_classes=7)
+        model = nnx.eval_shape(lambda build=build, name=name: build(name, seed=0))
         params = Network.of(model, models.trainable(name)).params
         assert len(lwsam.Layers.of(params)) == expected, name
+
+
+def test_networks_of_the_paper_s_size_are_traced():
+    text = traced.sizes(setups.BENCHMARKS)
+    assert "resnet20 with 269,722 trained parameters, 20 layers" in text
+    assert "wrn28-10 with 36,536,884 trained parameters" in text  # 36.5 M
+    assert "vit-b16" in text
+    assert "gpt" in traced.sizes(("lm",))
 
 
 def test_notes_tell_what_a_scale_changes():
