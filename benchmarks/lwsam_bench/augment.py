@@ -46,10 +46,9 @@ class Batches:
     ):
         self._order = Order(len(split), batch_size, seed)
         self._seed = seed
-        self._images = jnp.asarray(split.images)
-        self._labels = jnp.asarray(split.labels)
         self._mean, self._std = jnp.asarray(mean), jnp.asarray(std)
         self._augment = augment
+        self._hold(split)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,16 +57,22 @@ class Batches:
 
     def __call__(self, step: int) -> dict[str, Array]:
         """Return the batch of a step: `image` f32[B, H, W, C] and `label` i32[B]."""
-        return assemble(
-            self._images,
-            self._labels,
-            self._order.rows(step),
+        return _assemble(
+            *self._rows(step),
             np.int32(self._seed),
             np.int32(step),
             self._mean,
             self._std,
             augment=self._augment,
         )
+
+    def _hold(self, split: Split) -> None:
+        self._images = jnp.asarray(split.images)
+        self._labels = jnp.asarray(split.labels)
+
+    def _rows(self, step: int) -> tuple[Array, Array, np.ndarray]:
+        """Return images u8[N, H, W, C], labels i32[N], and where in them the batch is."""
+        return self._images, self._labels, self._order.rows(step)
 
 
 class Order:
@@ -128,7 +133,7 @@ def crop_and_flip(images: Array, key: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="augment")
-def assemble(
+def _assemble(
     images: Array,
     labels: Array,
     rows: Array,
@@ -139,10 +144,6 @@ def assemble(
     *,
     augment: bool,
 ) -> dict[str, Array]:
-    """Return some rows of images u8[N, H, W, C] and labels i32[N] as a batch.
-
-    The random numbers of the augmentation follow from seed and step.
-    """
     image = normalize(images[rows], mean, std)
     if augment:
         key = jax.random.fold_in(jax.random.key(seed), _AUGMENT_STREAM)

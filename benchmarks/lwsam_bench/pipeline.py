@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lwsam_bench.augment import assemble, Batches, Order
+from lwsam_bench.augment import Batches
 from lwsam_bench.data import Split
 
 
@@ -23,63 +22,34 @@ THREADS = 2  # that gather them
 _NO_END = 2**31 - 1  # steps are counted in 32 bits
 
 
-def make_batches(split: Split, **options: Any) -> "Batches | HostBatches":
+def make_batches(split: Split, **options: Any) -> Batches:
     """Return the training batches of a run, from wherever the images fit.
 
     Args:
       split: The training images and labels.
-      **options: Those of `Batches`.
+      **options: The other arguments of `Batches`.
     """
     return (Batches if split.fits_on_device else HostBatches)(split, **options)
 
 
-class HostBatches:
-    """The batches of `Batches`, in whose place it stands, with the same arguments.
+class HostBatches(Batches):
+    """The batches of `Batches`, with its arguments, from images on the host.
 
     Batches are prefetched in order of the steps; a call for another step than the one
     after the last begins anew from there.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        seed: int,
-        mean: np.ndarray,
-        std: np.ndarray,
-        augment: bool,
-    ):
+    def _hold(self, split: Split) -> None:
         self._split = split
-        self._order = Order(len(split), batch_size, seed)
-        self._places = np.arange(batch_size, dtype=np.int32)
-        self._seed = seed
-        self._mean, self._std = jnp.asarray(mean), jnp.asarray(std)
-        self._augment = augment
         self._ahead: Iterator[tuple[Array, Array]] | None = None
         self._next = 0
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of whole batches in an epoch."""
-        return self._order.steps_per_epoch
-
-    def __call__(self, step: int) -> dict[str, Array]:
-        """Return the batch of a step: `image` f32[B, H, W, C] and `label` i32[B]."""
+    def _rows(self, step: int) -> tuple[Array, Array, np.ndarray]:
         if self._ahead is None or step != self._next:
             self._ahead = self._from(step)
         self._next = step + 1
         images, labels = next(self._ahead)
-        return assemble(
-            images,
-            labels,
-            self._places,
-            np.int32(self._seed),
-            np.int32(step),
-            self._mean,
-            self._std,
-            augment=self._augment,
-        )
+        return images, labels, np.arange(len(labels), dtype=np.int32)
 
     def _from(self, step: int) -> Iterator[tuple[Array, Array]]:
         import grain  # it takes a while

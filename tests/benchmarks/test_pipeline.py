@@ -34,7 +34,7 @@ def test_the_batches_are_the_same(augment, monkeypatch):
     device = make(augment)
     monkeypatch.setattr(data, "DEVICE_BYTES", split().images.nbytes - 1)
     host = make(augment)
-    assert isinstance(device, Batches)
+    assert type(device) is Batches
     assert isinstance(host, pipeline.HostBatches)
     assert host.steps_per_epoch == device.steps_per_epoch == 5
     for step in [*range(12), 3, 4, 50]:  # over the ends of epochs, and back

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lwsam_bench import data, loop, pipeline, tasks, text
+from lwsam_bench import data, loop, pipeline, tasks, text, training
 from lwsam_bench._errors import UserError
 from lwsam_bench.cli import _parser
 from lwsam_bench.cli_train import train_config
@@ -145,7 +145,7 @@ class Bigram:
         self._table = table
 
     def apply(self, params, model_state, given, *, train):
-        assert not train
+        del train
         return params * self._table[given], model_state
 
 
@@ -166,6 +166,26 @@ def test_perplexity_counts_each_character_but_the_first_once():
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
         assert result["accuracy"] == pytest.approx(hits)
         assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_of_the_next_character(smoothing):
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=(5, 5)).astype(np.float32)
+    batch = {name: rng.integers(0, 5, (3, 4)) for name in ("text", "next")}
+    network = Bigram(jax.numpy.asarray(table))
+    loss_fn = training.next_character_loss(
+        network, weight_decay=0.5, label_smoothing=smoothing
+    )
+    params = jax.numpy.full((1, 1), 2.0)  # of rank 2, hence decayed
+    loss, (_, metrics) = loss_fn(params, {}, batch, None)
+    logits = 2.0 * table[batch["text"]].astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    target = (1 - smoothing) * np.eye(5)[batch["next"]] + smoothing / 5
+    expected = -np.mean(np.sum(target * log_p, -1)) + 0.5 * 0.5 * 2.0**2
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    hits = np.mean(logits.argmax(-1) == batch["next"])
+    assert float(metrics["accuracy"]) == pytest.approx(hits)
 
 
 def test_text_that_is_not_there(tmp_path):
