@@ -35,7 +35,7 @@ class GPT(nnx.Module):
     ):
         self.tokens = nnx.Embed(vocabulary, width, embedding_init=normal, rngs=rngs)
         self.positions = nnx.Param(normal(rngs.params(), (context, width)))
-        self.depth, self.context = depth, context
+        self.depth = depth
         for index in range(depth):
             setattr(self, f"block{index + 1}", Block(width, heads, rngs=rngs))
         self.norm = nnx.LayerNorm(width, rngs=rngs)
