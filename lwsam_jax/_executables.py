@@ -134,7 +134,10 @@ class Executables:
     def _review(self) -> None:
         """Adds the sets that would have saved the most, one after the other."""
         common = [bits for bits, _ in self._counts.most_common(_MASKS_CONSIDERED)]
-        candidates = {bits | tail for bits in common if bits for tail in self._tails}
+        # Unions of two also hold selections that have not been seen yet.
+        candidates = {
+            bits | more for bits in common if bits for more in (*common, *self._tails)
+        }
         candidates -= {*self._tails, *self._sets}
         total = sum(self._counts.values())
         current = {
