@@ -120,8 +120,10 @@ def test_long_runs_leave_fewer_rows(tmp_path):
     made, _ = sweep(tmp_path, "data")
     options = made._options(CONFIG)
     assert (options.log_every, options.data_dir) == (1, "data")
+    assert options.checkpoint_every == 3  # of eight steps
     long = dataclasses.replace(CONFIG, steps=None, epochs=150)
     assert made._options(long).log_every == 50
+    assert made._options(long).checkpoint_every is None
 
 
 @pytest.fixture

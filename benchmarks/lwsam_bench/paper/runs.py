@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lwsam_bench import report
 from lwsam_bench.config import TrainConfig
-from lwsam_bench.paper import setups, traced
+from lwsam_bench.paper import setups
 from lwsam_bench.paper.outcome import DONE, FAILED, MISSING, Outcome
 from lwsam_bench.paper.sweep import Sweep
 
@@ -103,8 +103,6 @@ class Runs:
             if outcome.status == FAILED
         ]
         told += setups.notes(self.benchmarks(), self.scale)
-        if self.scale == "smoke":
-            told.append(traced.sizes(self.benchmarks()))
         return tuple(dict.fromkeys(told))
 
     def origins(self) -> tuple[dict[str, Any], ...]:

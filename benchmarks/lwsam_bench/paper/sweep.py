@@ -139,7 +139,8 @@ class Sweep:
             out=str(self.folder(config)),
             data_dir=self._data_dir,
             log_every=50 if _is_long(config) else 1,
-            checkpoint_every=None,
+            # A checkpoint takes longer than many steps of the smallest runs.
+            checkpoint_every=3 if _is_tiny(config) else None,
         )
 
     def _outcome(self, config: TrainConfig) -> Outcome:
@@ -183,6 +184,10 @@ class Sweep:
 def _is_long(config: TrainConfig) -> bool:
     """Return whether a run has rows enough if not every step leaves one."""
     return (config.epochs or 0) > 20 or (config.steps or 0) > 2_000
+
+
+def _is_tiny(config: TrainConfig) -> bool:
+    return (config.train_images or 1_000) < 1_000 or (config.steps or 1_000) < 10
 
 
 class _TimeLeft:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lwsam_bench.config import TrainConfig
-from lwsam_bench.paper import artefact, published, runs, setups
+from lwsam_bench.paper import artefact, published, runs, setups, traced
 from lwsam_bench.paper.artefact import Artefact, Table
 from lwsam_bench.paper.outcome import Outcome
 from lwsam_bench.paper.runs import Runs
@@ -93,7 +93,8 @@ def table1(
         " not in the paper: the k layers are those of the largest norms among the layers"
         f" that keep every step within {1 + setups.BUDGET:g} steps of SGD.",
     )
-    return _artefact("table1", found, tables, (_OURS, _FLOPS, *extra))
+    notes = (_OURS, _FLOPS, *extra, *_traced(found))
+    return _artefact("table1", found, tables, notes)
 
 
 def table3(
@@ -236,7 +237,8 @@ def lm(
         f" {_ADAMW['lr']:g} for AdamW, whose weight decay is {_ADAMW['weight_decay']:g};"
         " nothing was tuned.",
     )
-    return _artefact("lm", found, [_table(name, "method", rows)], (_FLOPS, *extra))
+    notes = (_FLOPS, *extra, *_traced(found))
+    return _artefact("lm", found, [_table(name, "method", rows)], notes)
 
 
 def perplexity(outcome: Outcome) -> float:
@@ -255,6 +257,11 @@ def _measured(found: Runs, benchmark: str, what: Hashable) -> tuple[str, str, st
 
 def _published(number: tuple[float, float] | None) -> str:
     return "" if number is None else published.accuracy(*number)
+
+
+def _traced(found: Runs) -> tuple[str, ...]:
+    """Trace the networks of the paper's size where none of them is trained."""
+    return (traced.sizes(found.benchmarks()),) if found.scale == "smoke" else ()
 
 
 def _three_digits(mean: float, error: float | None) -> str:
