@@ -6,6 +6,7 @@ result where that says.
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -93,6 +94,8 @@ def request(
 def _main(argument: str) -> int:
     wanted: Mapping[str, Any] = json.loads(argument)
     threading.Thread(target=_end_with, args=(wanted["parent"],), daemon=True).start()
+    # As the command line does: the readers of data tell the log about each file.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     from lwsam_bench import cache
 
     cache.enable()

@@ -85,7 +85,10 @@ def perturbations(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
         axis.margins(y=0.01)
         axis.invert_yaxis()  # the input on top
         steps = max(row["steps"] for row in rows)
-        axis.set_title(f"{title}: perturbations in {steps:,} steps")
+        # Over the names of the layers, too: they leave too little room beside them.
+        figure.suptitle(
+            f"{title}: perturbations in {steps:,} steps", fontsize=_FONT + 1
+        )
         _legend(figure, axis)
 
 

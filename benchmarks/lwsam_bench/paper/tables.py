@@ -232,8 +232,8 @@ def lm(
         "The paper says that small k do for language models, too, but has no numbers of"
         " one: there is nothing to compare with. Perplexity is the exponential of the"
         " mean loss of a character; ± is the standard error over the seeds.",
-        f"Layer-wise SAM perturbs {setup.k} of {setup.layers} layers, LookSAM ascends in"
-        f" every step of {setup.every}. The learning rate is {setup.lr:g} for SGD and"
+        f"Layer-wise SAM perturbs {setup.k} of {setup.layers} layers, LookSAM ascends"
+        f" once in {setup.every} steps. The learning rate is {setup.lr:g} for SGD and"
         f" {_ADAMW['lr']:g} for AdamW, whose weight decay is {_ADAMW['weight_decay']:g};"
         " nothing was tuned.",
     )
