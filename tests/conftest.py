@@ -6,19 +6,15 @@ import os
 import pathlib
 import zlib
 
+from lwsam_bench import quick_compile
+
 
 # These must be set before JAX starts. Flags that the user set stay.
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 # Compilation is the cost of this suite; what is compiled runs for milliseconds.
-_QUICK = {
-    "--xla_backend_optimization_level": "0",
-    "--xla_llvm_disable_expensive_passes": "true",
-}
-for _flag, _value in _QUICK.items():
-    if _flag not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += f" {_flag}={_value}"
+quick_compile.enable()
 os.environ["JAX_PLATFORMS"] = os.environ.get("LWSAM_TEST_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

@@ -3,23 +3,15 @@
 import argparse
 import dataclasses
 import importlib
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from lwsam_bench import arguments as parse
+from lwsam_bench import arguments as parse, quick_compile
 
 
 # As in `paper.setups`, which this module must not wait for; tests compare them.
 SCALES = ("smoke", "small", "paper")
-
-# At the scale `smoke` compiling is all that takes time.
-_COMPILE_QUICKLY = {
-    "--xla_backend_optimization_level": "0",
-    "--xla_llvm_disable_expensive_passes": "true",
-    "--xla_cpu_use_fusion_emitters": "false",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +92,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(name: str, arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
     if arguments.scale == "smoke":
-        _compile_quickly()
+        quick_compile.enable()
     console = start()
     from lwsam_bench.metrics import output_folder
     from lwsam_bench.paper.outcome import forget_failures
@@ -124,15 +116,6 @@ def _run(name: str, arguments: argparse.Namespace, start: Callable[..., Any]) ->
         return stopped.code
     console.print(f"{made.title}: {made.save(out)}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _compile_quickly() -> None:
-    """Tell XLA so, before JAX starts; flags that the user set stay."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    for name, value in _COMPILE_QUICKLY.items():
-        if name not in flags:
-            flags = f"{flags} {name}={value}".strip()
-    os.environ["XLA_FLAGS"] = flags
 
 
 def _report(arguments: argparse.Namespace) -> int:
