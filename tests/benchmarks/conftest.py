@@ -39,7 +39,7 @@ class Command:
     def run(self, *arguments: object) -> tuple[int, str]:
         """Return exit code and output."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=500)
         return process.returncode, output
 
 
