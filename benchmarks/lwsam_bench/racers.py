@@ -1,5 +1,6 @@
 """The methods that `speed` compares, each as its user would write its training step."""
 
+import abc
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Program(NamedTuple):
     lower: Callable[[], Any]
 
 
-class Racer:
+class Racer(abc.ABC):
     """A method under training; a subclass says how a step runs.
 
     Attributes:
@@ -47,21 +48,21 @@ class Racer:
     ratios: list[float]
     compile_seconds: float
 
+    @abc.abstractmethod
     def start(self, workload: Workload) -> None:
         """Make the state before the first step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, batch: Any) -> Any:
         """Run a step and return, without waiting for it, what to wait for."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def note(self) -> None:
         """Read what the steps since the last call report, outside the measured time."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def programs(self, batch: Any) -> Iterable[Program]:
         """Yield the executables that ran."""
-        raise NotImplementedError
 
     def host_seconds(self, batch: Any, steps: int) -> list[float]:
         """Run more steps; return the time of each beyond that of its executable."""
