@@ -80,7 +80,7 @@ def race(
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """A method's time over that of the first one, over blocks of `BLOCK` steps."""
+    """A method's time over that of the first one, over blocks of steps."""
 
     ratio: float  # median
     quartiles: tuple[float, float]
@@ -88,17 +88,23 @@ class Timing:
     waits: float  # share of the second half's steps that waited for a compiler
 
 
-def timing(lane: Lane, base: Lane) -> Timing:
+def timing(lane: Lane, base: Lane, block_size: int = BLOCK) -> Timing:
     """Compare the steps that both ran, without warm-up and steps that compiled.
 
     A method's steps may differ in cost, so blocks of steps are compared: the sum of
     their times. Each step of a block was run close to that of the other method.
+
+    Args:
+      lane: The method.
+      base: What it is compared with.
+      block_size: Steps of a block, and of the warm-up; shorter races have smaller ones.
+        A multiple of every period of the method.
     """
     count = min(lane.steps, base.steps)
     mine, other = np.asarray(lane.seconds[:count]), np.asarray(base.seconds[:count])
     valid = ~np.asarray(lane.compiled[:count]) & ~np.asarray(base.compiled[:count])
-    size = min(BLOCK, max(1, count // 4))
-    valid[: min(BLOCK, count // 4)] = False
+    size = min(block_size, max(1, count // 4))
+    valid[: min(block_size, count // 4)] = False
     ratios, steps = [], []
     for start in range(0, count, size):
         block = slice(start, start + size)

@@ -48,8 +48,9 @@ def test_all_methods_run_in_one_race(raced):
     flops = {name: found["flops"] for name, found in row["methods"].items()}
     assert flops["sgd"] == 1.0
     assert flops["gsam"] == pytest.approx(2.0, abs=0.2)
-    # One ascent in three steps.
-    assert flops["looksam"] - 1 == pytest.approx((flops["gsam"] - 1) / 3)
+    # One ascent in three steps, the first of them.
+    ascents = len(range(0, STEPS, 3)) / STEPS
+    assert flops["looksam"] - 1 == pytest.approx((flops["gsam"] - 1) * ascents)
     assert 1.0 < flops["lwsam"] < flops["gsam"]
     assert row["methods"][setups.BUDGETED]["flops_most"] <= 1 + setups.BUDGET
     assert row["methods"]["sgd"]["time"] == pytest.approx(1.0)
@@ -85,8 +86,10 @@ def test_what_did_not_run_is_told(raced):
     assert "k" in ten.notes[0]
     assert all(cells[1:5] == ("",) * 4 for cells in hundred.rows)
     assert hundred.rows[0][5] == "229.1"
-    missing = "CIFAR-100 is empty: cifar100 is not in some folder."
-    assert missing in artefact.notes
+    told = [note for note in artefact.notes if note.startswith("CIFAR-100 is empty")]
+    assert "(cifar100)" in told[0]
+    # Nothing of this machine.
+    assert "some folder" not in (out / "table2.md").read_text()
     assert [row["benchmark"] for row in rows_of(out)] == ["cifar10", "flowers"]
 
 
@@ -100,7 +103,7 @@ def test_a_race_that_ended_is_not_run_again(raced, monkeypatch):
     again = run(out)
     assert again.tables[2] == artefact.tables[2]
     # The one that failed is tried again.
-    assert "CIFAR-10 is empty: cifar10 is not there" in again.notes
+    assert any(note.startswith("CIFAR-10 is empty") for note in again.notes)
 
 
 def test_a_race_of_another_setup_is_no_race(raced, monkeypatch):

@@ -159,6 +159,15 @@ def test_blocks_of_steps_are_compared(clock, burst):
     assert timing(base, base).ratio == 1.0
 
 
+def test_blocks_of_whole_periods_are_exact(clock):
+    """An ascent in every third step: blocks of ten have three of them, or four."""
+    base = Lane(FakeRacer(clock, [1.0]), 60)
+    other = Lane(FakeRacer(clock, [2.0, 1.0, 1.0]), 60)
+    race([base, other], lambda step: step, 1, lambda done: None)
+    assert timing(other, base, 12).ratio == pytest.approx(4 / 3)
+    assert timing(other, base, 12).quartiles == pytest.approx((4 / 3, 4 / 3))
+
+
 def test_time_is_unknown_where_all_steps_compiled(clock):
     base = Lane(FakeRacer(clock, [1.0]), 4)
     other = Lane(FakeRacer(clock, [1.0], compiles_at=range(4)), 4)

@@ -30,9 +30,11 @@ from lwsam_bench.workloads import Workload
 
 
 _FILE = "throughput.jsonl"
-_BURST = 10  # steps of a turn on a fast device
+# A multiple of LookSAM's intervals: else some blocks of steps hold more ascents.
+_BLOCK = 12
+_BURST = 12  # steps of a turn on a fast device
 
-STEPS: Mapping[str, int] = {"smoke": 6, "small": 60, "paper": 300}
+STEPS: Mapping[str, int] = {"smoke": 4, "small": 60, "paper": 300}
 
 
 def table2(
@@ -57,7 +59,7 @@ def table2(
     del seeds, jobs
     path = output_folder(str(out)) / _FILE
     found: dict[str, Row] = {}
-    missing: dict[str, str] = {}
+    missing: list[str] = []
     with row_lock(path), MetricsFile(path, keep_until=0) as file:
         for benchmark in setups.BENCHMARKS:
             row = _finished(path, benchmark, scale)
@@ -65,8 +67,12 @@ def table2(
                 try:
                     row = _row(benchmark, scale, data_dir, console)
                 except UserError as error:
-                    missing[benchmark] = str(error)
-                    console.print(f"{error}\nThe benchmark is left out.")
+                    missing.append(benchmark)
+                    console.print(
+                        f"{error}\n{setups.TITLES[benchmark]} is left out.",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
                     continue
                 file.write(row)
             found[benchmark] = row
@@ -185,7 +191,7 @@ def measure(
 
 
 def _measured(lane: Lane, base: Lane, workload: Workload) -> Row:
-    took = timing(lane, base)
+    took = timing(lane, base, _BLOCK)
     return {
         "images_per_second": workload.items / took.seconds,
         "time": took.ratio,

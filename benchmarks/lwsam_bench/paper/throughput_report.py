@@ -1,6 +1,6 @@
 """Table 2 from the rows of its races."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +30,19 @@ _NOTES = (
 )
 
 
-def render(
-    found: Mapping[str, Row], missing: Mapping[str, str], scale: str
-) -> Artefact:
+def render(found: Mapping[str, Row], missing: Sequence[str], scale: str) -> Artefact:
     """Return the artefact.
 
     Args:
       found: Rows of the races that ran, by benchmark, of those that failed as well.
-      missing: Why the others could not be run.
+      missing: The benchmarks whose data were not there.
       scale: One of `setups.SCALES`.
     """
     missing_notes = [
-        f"{runs.title(benchmark, scale)} is empty: {reason.splitlines()[0]}"
-        for benchmark, reason in missing.items()
+        f"{runs.title(benchmark, scale)} is empty: its data"
+        f" ({setups.setup(benchmark, scale).dataset}), or what else it needs, were not"
+        " there."
+        for benchmark in missing
     ]
     return Artefact(
         name=_NAME,
