@@ -96,6 +96,7 @@ def _run(name: str, arguments: argparse.Namespace, start: Callable[..., Any]) ->
     console = start()
     from lwsam_bench.metrics import output_folder
     from lwsam_bench.paper.outcome import forget_failures
+    from lwsam_bench.paper.request import Request
     from lwsam_bench.paper.sweep import Stopped
 
     module = importlib.import_module(f"lwsam_bench.paper.{COMMANDS[name].module}")
@@ -103,15 +104,16 @@ def _run(name: str, arguments: argparse.Namespace, start: Callable[..., Any]) ->
     if arguments.retry_failed:
         count = forget_failures(out)
         console.print(f"runs that failed and are tried again: {count}", highlight=False)
+    request = Request(
+        scale=arguments.scale,
+        out=out,
+        console=console,
+        data_dir=arguments.data_dir,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+    )
     try:
-        made = getattr(module, name)(
-            arguments.scale,
-            out,
-            arguments.data_dir,
-            console,
-            seeds=arguments.seeds,
-            jobs=arguments.jobs,
-        )
+        made = getattr(module, name)(request)
     except Stopped as stopped:
         return stopped.code
     console.print(f"{made.title}: {made.save(out)}", highlight=False, soft_wrap=True)

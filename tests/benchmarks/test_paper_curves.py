@@ -10,6 +10,7 @@ import fake_runs
 from lwsam_bench.metrics import read_rows
 from lwsam_bench.paper import curve_plots, curves, setups
 from lwsam_bench.paper.attempts import Result
+from lwsam_bench.paper.request import Request
 
 
 CONSOLE = Console(file=io.StringIO(), width=200)
@@ -47,7 +48,7 @@ def check(made, out, *plots):
 
 
 def test_figure1(out):
-    made = curves.figure1("small", out, None, CONSOLE, seeds=2)
+    made = curves.figure1(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure1-cifar10.png")
     assert [(row["method"], row["epoch"]) for row in rows] == [
         ("sgd", 1),
@@ -60,7 +61,7 @@ def test_figure1(out):
 
 
 def test_figure3(out):
-    made = curves.figure3("small", out, None, CONSOLE, seeds=2)
+    made = curves.figure3(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure3-cifar10.png")
     assert len(rows) == 4 * 2 * 2
     second = rows[3]
@@ -70,7 +71,7 @@ def test_figure3(out):
 
 
 def test_figure4(out):
-    made = curves.figure4("small", out, None, CONSOLE, seeds=2)
+    made = curves.figure4(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure4-cifar10.png")
     assert len(rows) == 4 * 2 * 2
     norms = {row["method"]: row["norm"] for row in rows}
@@ -80,7 +81,7 @@ def test_figure4(out):
 
 
 def test_figure5(out):
-    made = curves.figure5("small", out, None, CONSOLE, seeds=2)
+    made = curves.figure5(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure5-cifar10.png")
     assert {row["method"] for row in rows} == {"gsam", "looksam", "lwsam"}
     ours = next(row for row in rows if row["method"] == "lwsam")
@@ -108,7 +109,7 @@ def test_numbers_that_are_not_finite_leave_gaps(tmp_path):
 
 
 def test_without_anything_there_is_no_picture(tmp_path):
-    made = curves.figure3("smoke", tmp_path, None, CONSOLE)
+    made = curves.figure3(Request("smoke", tmp_path, CONSOLE))
     assert made.plots == ()
     assert list(read_rows(tmp_path / "figure3.jsonl")) == []
 

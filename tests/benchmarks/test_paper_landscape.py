@@ -15,6 +15,7 @@ from lwsam_bench.paper import landscape, landscape_report, setups
 from lwsam_bench.paper.landscape import Extent
 from lwsam_bench.paper.landscape_grid import choose_layers, directions, Images, Plane
 from lwsam_bench.paper.outcome import DONE, FAILED, Outcome
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.sweep import Sweep
 
 
@@ -122,7 +123,7 @@ def trained(monkeypatch):
 
 def run(name, out):
     make = getattr(landscape, name)
-    artefact = make("smoke", out, None, Console(file=io.StringIO()), seeds=1, jobs=1)
+    artefact = make(Request("smoke", out, Console(file=io.StringIO())))
     artefact.save(out)
     return artefact
 

@@ -10,6 +10,7 @@ import fake_runs
 from lwsam_bench.paper import published, runs, setups, tables
 from lwsam_bench.paper.attempts import Result
 from lwsam_bench.paper.outcome import run_id
+from lwsam_bench.paper.request import Request
 
 
 CONSOLE = Console(file=io.StringIO(), width=200)
@@ -44,7 +45,7 @@ def test_table1(tmp_path):
         fake_runs.write(tmp_path, config, diverged=seed == 1, overhead=0.4321)
     config = setups.config("cifar10", "gsam", "small", 0)
     fake_runs.write(tmp_path, config, accuracy=0.7)
-    made = tables.table1("small", tmp_path, None, CONSOLE)
+    made = tables.table1(Request("small", tmp_path, CONSOLE))
     assert len(made.tables) == 4
     found = cells(by_title(made)["CIFAR-10, resnet8"])
     assert found["SGD"] == ("63.00 ± 1.53 %", "1.00 ×", "3", "91.96 ± 0.3 %")
@@ -68,7 +69,7 @@ def test_table1(tmp_path):
 
 
 def test_table1_without_anything(tmp_path, trained):
-    made = tables.table1("paper", tmp_path, None, CONSOLE, seeds=1)
+    made = tables.table1(Request("paper", tmp_path, CONSOLE, seeds=1))
     for table, benchmark in zip(made.tables, setups.BENCHMARKS, strict=True):
         assert [row[1:4] for row in table.rows] == [("", "", "")] * 5
         assert [row[4] for row in table.rows[:4]] == [
@@ -80,7 +81,7 @@ def test_table1_without_anything(tmp_path, trained):
 
 
 def test_smoke_traces_the_full_size(tmp_path):
-    made = tables.table1("smoke", tmp_path, None, CONSOLE)
+    made = tables.table1(Request("smoke", tmp_path, CONSOLE))
     assert "Of the full size only traced: resnet20 with" in " ".join(made.notes)
 
 
@@ -88,7 +89,7 @@ def test_table3(tmp_path):
     for criterion, accuracy in (("high", 0.6), ("low", 0.5), ("random", 0.55)):
         config = setups.config("cifar10", "lwsam", "smoke", 0, criterion=criterion)
         fake_runs.write(tmp_path, config, accuracy=accuracy)
-    made = tables.table3("smoke", tmp_path, None, CONSOLE)
+    made = tables.table3(Request("smoke", tmp_path, CONSOLE))
     found = cells(by_title(made)["CIFAR-10, resnet8w4, k = 4"])
     assert found == {
         "None (SGD)": ("", "", "", "91.63 ± 0.3 %"),
@@ -107,7 +108,7 @@ def test_table4(tmp_path):
     fake_runs.write(
         tmp_path, setups.config("cifar10", "gsam", "small", 0), accuracy=0.9
     )
-    made = tables.table4("small", tmp_path, None, CONSOLE, seeds=1)
+    made = tables.table4(Request("small", tmp_path, CONSOLE, seeds=1))
     table = by_title(made)["CIFAR-10, resnet8"]
     assert [row[:2] for row in table.rows] == [
         ("1", "10.00 %"),
@@ -126,7 +127,7 @@ def test_lm(tmp_path):
     for seed, loss in enumerate((1.0, 1.1)):
         config = setups.config("lm", "lwsam", "small", seed, **changes)
         fake_runs.write(tmp_path, config, loss=loss)
-    made = tables.lm("small", tmp_path, None, CONSOLE, seeds=2)
+    made = tables.lm(Request("small", tmp_path, CONSOLE, seeds=2))
     (table,) = made.tables
     found = cells(table)
     assert found["AdamW, layer-wise SAM"] == ("2.861 ± 0.143", "1.25 ×", "2", "")
@@ -136,7 +137,7 @@ def test_lm(tmp_path):
     assert not any("learning rate falls" in note for note in made.notes)
 
 
-def test_commands_share_their_runs():
+def test_commands_share_their_runs(tmp_path):
     """The same configuration, hence the same folder, whoever asks."""
     asked = {}
     for name, whats in (("table1", "lwsam"), ("table3", "high"), ("table4", 4)):
@@ -150,7 +151,7 @@ def test_commands_share_their_runs():
         with patch.context() as context:
             context.setattr(runs, "train", train)
             with pytest.raises(StopIteration):
-                getattr(tables, name)("small", None, None, CONSOLE)
+                getattr(tables, name)(Request("small", tmp_path, CONSOLE))
         asked[name] = seen["make"]("cifar10", whats, 2)
     assert asked["table1"] == asked["table3"] == asked["table4"]
     assert asked["table1"] == setups.config("cifar10", "lwsam", "small", 2)
@@ -165,7 +166,7 @@ def test_origins_are_told_once(tmp_path):
     record = json.loads(path.read_text())
     record["provenance"].append({**record["provenance"][0], "commit": "d" * 40})
     path.write_text(json.dumps(record))
-    made = tables.table1("small", tmp_path, None, CONSOLE)
+    made = tables.table1(Request("small", tmp_path, CONSOLE))
     assert [(o["time"], o["commit"][0]) for o in made.origins] == [
         (early, "c"),
         (late, "c"),
@@ -177,5 +178,5 @@ def test_origins_are_told_once(tmp_path):
 def test_everything_failed(tmp_path):
     config = setups.config("cifar10", "sgd", "smoke", 0)
     fake_runs.write(tmp_path, config, diverged=True)
-    made = tables.table3("smoke", tmp_path, None, CONSOLE)
+    made = tables.table3(Request("smoke", tmp_path, CONSOLE))
     assert made.tables[0].rows[0][1:4] == ("failed", "", "")

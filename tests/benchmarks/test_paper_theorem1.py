@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lwsam_bench._errors import UserError
 from lwsam_bench.paper import theorem1, theorem1_report
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem, WIDTH
 
@@ -197,7 +198,7 @@ def test_the_verdict_follows_from_the_numbers(tmp_path, loss, holds):
 
 def run(out):
     console = Console(file=io.StringIO())
-    artefact = theorem1.theorem1("smoke", out, None, console, seeds=2, jobs=1)
+    artefact = theorem1.theorem1(Request("smoke", out, console, seeds=2, jobs=1))
     artefact.save(out)
     return artefact
 

@@ -9,6 +9,7 @@ from rich.console import Console
 import tiny_task
 from lwsam_bench._errors import UserError
 from lwsam_bench.paper import published, setups, throughput, throughput_report
+from lwsam_bench.paper.request import Request
 
 
 STEPS = throughput.STEPS["smoke"]
@@ -23,7 +24,7 @@ def make_task(config, data_dir, on_record):
 
 def run(out, console=None):
     console = console or Console(file=io.StringIO(), width=200)
-    artefact = throughput.table2("smoke", out, None, console, seeds=3, jobs=2)
+    artefact = throughput.table2(Request("smoke", out, console, seeds=3, jobs=2))
     artefact.save(out)
     return artefact
 

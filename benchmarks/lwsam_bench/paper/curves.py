@@ -1,8 +1,7 @@
 """The commands `figure1`, `figure3`, `figure4` and `figure5`: what happens in training.
 
 Each trains what is missing, writes the numbers behind the figure as `<name>.jsonl`, and
-draws one picture for each benchmark from those rows alone. It takes what `tables.table1`
-takes.
+draws one picture for each benchmark from those rows alone.
 """
 
 import math
@@ -10,13 +9,12 @@ import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from rich.console import Console
-
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import read_rows, Row, write_rows
 from lwsam_bench.paper import artefact, curve_plots, runs, setups
 from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.outcome import Outcome
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.runs import Runs
 
 
@@ -25,26 +23,13 @@ _THREE = ("cifar10", "cifar100", "flowers")
 _EPOCH = "The value of an epoch is the mean over its rows"
 
 
-def figure1(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def figure1(request: Request) -> Artefact:
     """Return Figure 1: gradient norm of each layer over the epochs of SGD."""
     found = runs.train(
-        _config(scale),
+        _config(request.scale),
         ("cifar10", "flowers"),
         ("sgd",),
-        scale,
-        out,
-        data_dir,
-        console,
-        seeds=seeds,
-        jobs=jobs,
+        request,
     )
 
     def rows(outcome: Outcome) -> list[Row]:
@@ -58,20 +43,12 @@ def figure1(
         ]
 
     notes = (f"{_EPOCH}, and over the seeds. Layers are weights, as perturbed.",)
-    return _figure("figure1", found, rows, curve_plots.layer_norms, out, notes)
+    return _figure("figure1", found, rows, curve_plots.layer_norms, request, notes)
 
 
-def figure3(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def figure3(request: Request) -> Artefact:
     """Return Figure 3: test accuracy and training loss over the epochs."""
-    found = _compared(scale, out, data_dir, console, seeds, jobs, setups.METHODS)
+    found = _compared(request, setups.METHODS)
 
     def rows(outcome: Outcome) -> list[Row]:
         tested = {_epoch(row): row["accuracy"] for row in outcome.rows("test")}
@@ -89,20 +66,12 @@ def figure3(
         " network) as the mean over the rows of the epoch. Lines are means over the"
         " seeds, bands their standard error.",
     )
-    return _figure("figure3", found, rows, curve_plots.learning_curves, out, notes)
+    return _figure("figure3", found, rows, curve_plots.learning_curves, request, notes)
 
 
-def figure4(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def figure4(request: Request) -> Artefact:
     """Return Figure 4: gradient norm of the full model over the epochs."""
-    found = _compared(scale, out, data_dir, console, seeds, jobs, setups.METHODS)
+    found = _compared(request, setups.METHODS)
     weights = _weights(found)
 
     def rows(outcome: Outcome) -> list[Row]:
@@ -118,28 +87,12 @@ def figure4(
         f" there is one. {_EPOCH}; lines are means over the seeds, bands their standard"
         " error.",
     )
-    return _figure("figure4", found, rows, curve_plots.full_norm, out, notes)
+    return _figure("figure4", found, rows, curve_plots.full_norm, request, notes)
 
 
-def figure5(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def figure5(request: Request) -> Artefact:
     """Return Figure 5: in how many steps each layer is perturbed."""
-    found = _compared(
-        scale,
-        out,
-        data_dir,
-        console,
-        seeds,
-        jobs,
-        [m for m in setups.METHODS if m != "sgd"],
-    )
+    found = _compared(request, [m for m in setups.METHODS if m != "sgd"])
     weights = _weights(found)
 
     def rows(outcome: Outcome) -> list[Row]:
@@ -152,30 +105,12 @@ def figure5(
         "Counted over all steps, mean over the seeds. SGD perturbs nothing. Layers are"
         " weights, from the input on.",
     )
-    return _figure("figure5", found, rows, curve_plots.perturbations, out, notes)
+    return _figure("figure5", found, rows, curve_plots.perturbations, request, notes)
 
 
-def _compared(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    seeds: int | None,
-    jobs: int,
-    methods: Iterable[str],
-) -> Runs:
+def _compared(request: Request, methods: Iterable[str]) -> Runs:
     """Return the runs of methods on the three benchmarks."""
-    return runs.train(
-        _config(scale),
-        _THREE,
-        methods,
-        scale,
-        out,
-        data_dir,
-        console,
-        seeds=seeds,
-        jobs=jobs,
-    )
+    return runs.train(_config(request.scale), _THREE, methods, request)
 
 
 def _config(scale: str) -> Callable[[str, str, int], TrainConfig]:
@@ -187,7 +122,7 @@ def _figure(
     found: Runs,
     rows: Callable[[Outcome], Sequence[Row]],
     plot: Callable[[pathlib.Path, str, Sequence[Row]], None],
-    out: pathlib.Path,
+    request: Request,
     notes: Sequence[str],
 ) -> Artefact:
     """Write the rows of a figure, then draw it from them.
@@ -197,9 +132,10 @@ def _figure(
       found: The runs.
       rows: Returns the rows of a run.
       plot: Draws the rows of a benchmark under a title into a file.
-      out: Output folder.
+      request: What the command was asked for.
       notes: About the figure.
     """
+    out = request.out
     path = out / f"{name}.jsonl"
     write_rows(
         path,

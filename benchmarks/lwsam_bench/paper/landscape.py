@@ -25,6 +25,7 @@ from lwsam_bench.paper import landscape_report, setups
 from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.landscape_grid import choose_layers, Images, Layer, norm, Plane
 from lwsam_bench.paper.outcome import DONE, run_id
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.sweep import Sweep
 from lwsam_bench.progress import reading
@@ -59,55 +60,24 @@ EXTENTS: Mapping[str, Extent] = {
 }
 
 
-def figure2(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def figure2(request: Request) -> Artefact:
     """Train with SGD what is missing, look around, and return the artefact.
 
-    Args:
-      scale: One of `setups.SCALES`.
-      out: Folder of the runs and rows; the plot comes here, too.
-      data_dir: Folder of tensorflow-datasets.
-      console: Where to report.
-      seeds: Not read: the figure shows one network.
-      jobs: Trainings at a time.
+    The figure shows one network, so the number of seeds is not read.
     """
-    del seeds
-    return _figure("figure2", ("sgd",), scale, out, data_dir, console, jobs)
+    return _figure("figure2", ("sgd",), request)
 
 
-def figure6(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def figure6(request: Request) -> Artefact:
     """Do the same with layer-wise SAM; what `figure2` shows stands beside it."""
-    del seeds
-    return _figure("figure6", ("sgd", "lwsam"), scale, out, data_dir, console, jobs)
+    return _figure("figure6", ("sgd", "lwsam"), request)
 
 
-def _figure(
-    name: str,
-    methods: tuple[str, ...],
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    jobs: int,
-) -> Artefact:
+def _figure(name: str, methods: tuple[str, ...], request: Request) -> Artefact:
+    scale, out = request.scale, request.out
     configs = {m: setups.config(BENCHMARK, m, scale, 0) for m in methods}
-    outcomes = Sweep(out, data_dir, console, jobs).ensure(configs.values())
-    scanner = Scanner(EXTENTS[scale], data_dir, out / FOLDER, console)
+    outcomes = Sweep.of(request).ensure(configs.values())
+    scanner = Scanner(EXTENTS[scale], request.data_dir, out / FOLDER, request.console)
     found, troubles = {}, []
     for method, config in configs.items():
         outcome = outcomes[config]

@@ -1,16 +1,14 @@
 """The runs behind a table or a figure: by benchmark, by what varies, and by seed."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
-
-from rich.console import Console
 
 from lwsam_bench import report
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.paper import setups
 from lwsam_bench.paper.outcome import DONE, FAILED, MISSING, Outcome
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.sweep import Sweep
 
 
@@ -128,13 +126,7 @@ def train(
     make: Callable[[str, Any, int], TrainConfig],
     benchmarks: Iterable[str],
     whats: Iterable[Hashable],
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
+    request: Request,
 ) -> Runs:
     """Train what is missing of a grid of runs.
 
@@ -142,25 +134,21 @@ def train(
       make: Returns the configuration for a benchmark, what varies, and a seed.
       benchmarks: Of the grid.
       whats: What varies in each benchmark.
-      scale: One of `setups.SCALES`.
-      out: Output folder of the command.
-      data_dir: Folder of tensorflow-datasets.
-      console: Where to report.
-      seeds: How many; None for those of the scale.
-      jobs: Runs at one time.
+      request: What the command was asked for.
     """
     whats = list(whats)
     wanted = {
         (benchmark, what): [
-            make(benchmark, what, seed) for seed in setups.seeds(scale, seeds)
+            make(benchmark, what, seed)
+            for seed in setups.seeds(request.scale, request.seeds)
         ]
         for benchmark in benchmarks
         for what in whats
     }
     every = [config for configs in wanted.values() for config in configs]
-    found = Sweep(out, data_dir, console, jobs).ensure(every)
+    found = Sweep.of(request).ensure(every)
     return Runs(
-        scale,
+        request.scale,
         {key: tuple(found[c] for c in configs) for key, configs in wanted.items()},
     )
 

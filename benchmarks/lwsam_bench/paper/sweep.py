@@ -9,6 +9,7 @@ import collections
 import pathlib
 import time
 from collections.abc import Iterable, Iterator
+from typing import Self
 
 import filelock
 from rich.console import Console
@@ -28,6 +29,7 @@ from lwsam_bench.paper.outcome import (
     RUNS,
 )
 from lwsam_bench.paper.pool import Pool
+from lwsam_bench.paper.request import Request
 from lwsam_bench.stopping import Stop
 
 
@@ -68,6 +70,11 @@ class Sweep:
         self._data_dir, self._console = data_dir, console
         self._jobs, self._patience = jobs, patience
         self._missing: dict[tuple[str, str], str] = {}  # by dataset and model
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Return the runs that a command is about."""
+        return cls(request.out, request.data_dir, request.console, request.jobs)
 
     def folder(self, config: TrainConfig) -> pathlib.Path:
         """Return the folder of a run."""

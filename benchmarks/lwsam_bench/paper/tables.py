@@ -1,20 +1,17 @@
 """The commands `table1`, `table3`, `table4` and `lm`: what each method reaches.
 
-Each takes the scale, the output folder, the folder of tensorflow-datasets and a console,
-trains what is missing and returns what is to be shown.
+Each trains what is missing and returns what is to be shown.
 """
 
 import math
-import pathlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
-
-from rich.console import Console
 
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.paper import artefact, published, runs, setups, traced
 from lwsam_bench.paper.artefact import Artefact, Table
 from lwsam_bench.paper.outcome import Outcome
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.runs import Runs
 
 
@@ -44,16 +41,9 @@ _OURS = (
 _FLOPS = "FLOPs are those of the mean training step over those of a step of SGD."
 
 
-def table1(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def table1(request: Request) -> Artefact:
     """Return Table 1: accuracy of the methods on the four benchmarks."""
+    scale = request.scale
     labels = {**setups.METHODS, BUDGETED: setups.BUDGETED}
 
     def make(benchmark: str, what: str, seed: int) -> TrainConfig:
@@ -67,12 +57,7 @@ def table1(
         make,
         setups.BENCHMARKS,
         labels,
-        scale,
-        out,
-        data_dir,
-        console,
-        seeds=seeds,
-        jobs=jobs,
+        request,
     )
     tables = []
     for benchmark in setups.BENCHMARKS:
@@ -97,16 +82,9 @@ def table1(
     return _artefact("table1", found, tables, notes)
 
 
-def table3(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def table3(request: Request) -> Artefact:
     """Return Table 3: accuracy by the criterion that chooses the layers."""
+    scale = request.scale
 
     def make(benchmark: str, criterion: str, seed: int) -> TrainConfig:
         if criterion == "none":
@@ -117,12 +95,7 @@ def table3(
         make,
         BENCHMARKS,
         CRITERIA,
-        scale,
-        out,
-        data_dir,
-        console,
-        seeds=seeds,
-        jobs=jobs,
+        request,
     )
     tables = []
     for benchmark in BENCHMARKS:
@@ -140,16 +113,9 @@ def table3(
     return _artefact("table3", found, tables, (_OURS, _FLOPS))
 
 
-def table4(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def table4(request: Request) -> Artefact:
     """Return Table 4: accuracy and cost by the number of layers."""
+    scale = request.scale
 
     def is_all(benchmark: str, k: int | str) -> bool:
         return isinstance(k, str) or k >= setups.setup(benchmark, scale).layers
@@ -163,12 +129,7 @@ def table4(
         make,
         BENCHMARKS,
         published.KS,
-        scale,
-        out,
-        data_dir,
-        console,
-        seeds=seeds,
-        jobs=jobs,
+        request,
     )
     tables = []
     for benchmark in BENCHMARKS:
@@ -178,7 +139,7 @@ def table4(
             mean, spread, speed = published.BY_K[benchmark, k]
             accuracy = published.accuracy(mean, spread)
             measured = _measured(found, benchmark, k)
-            rows.append((str(k), *measured, accuracy, f"{speed:g}"))
+            rows.append((str(k), *measured, accuracy, f"{speed:.1f}"))
         beyond = [f"{k}" for k in published.KS if k != "all" and is_all(benchmark, k)]
         note = (
             f"{setup.model} has {setup.layers} layers: k = {', '.join(beyond)} is all."
@@ -195,25 +156,15 @@ def table4(
     return _artefact("table4", found, tables, (_OURS, _FLOPS, *extra))
 
 
-def lm(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def lm(request: Request) -> Artefact:
     """Return the perplexity of a small language model; the paper has no such numbers."""
 
     def make(benchmark: str, what: str, seed: int) -> TrainConfig:
         _, method, changes = _LM[what]
-        return setups.config(benchmark, method, scale, seed, **changes)
+        return setups.config(benchmark, method, request.scale, seed, **changes)
 
-    found = runs.train(
-        make, ["lm"], _LM, scale, out, data_dir, console, seeds=seeds, jobs=jobs
-    )
-    setup = setups.setup("lm", scale)
+    found = runs.train(make, ["lm"], _LM, request)
+    setup = setups.setup("lm", request.scale)
     rows = [
         (
             label,

@@ -47,6 +47,7 @@ import lwsam_jax as lwsam
 from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import theorem1_report
 from lwsam_bench.paper.artefact import Artefact, command_line
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem
 from lwsam_bench.provenance import provenance
@@ -95,31 +96,18 @@ LENGTHS: Mapping[str, Length] = {
 }
 
 
-def theorem1(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def theorem1(request: Request) -> Artefact:
     """Run what is missing in `out` and return the artefact.
 
-    Args:
-      scale: `smoke`, `small` or `paper`.
-      out: Folder of the rows; the plot comes here, too.
-      data_dir: Not read: the problem is made from a fixed seed.
-      console: Where to report.
-      seeds: Runs of each k; None: as many as the scale says.
-      jobs: Not read: the runs of a k are one program.
+    The folder of data is not read, the problem being made from a fixed seed, nor are
+    jobs: the runs of a k are one program.
     """
-    del data_dir, jobs
+    scale, out = request.scale, request.out
     length = LENGTHS[scale]
-    length = dataclasses.replace(length, seeds=seeds or length.seeds)
+    length = dataclasses.replace(length, seeds=request.seeds or length.seeds)
     path = output_folder(str(out)) / "theorem1.jsonl"
     with row_lock(path):
-        rows = list(measure(length, path, console))
+        rows = list(measure(length, path, request.console))
     return theorem1_report.render(
         rows, {s.name: s.title for s in SETTINGS}, scale, out, command_line()
     )

@@ -20,6 +20,7 @@ from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import runs, setups, throughput_report
 from lwsam_bench.paper.artefact import Artefact
+from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.progress import reading
 from lwsam_bench.provenance import provenance
@@ -37,27 +38,14 @@ _BURST = 12  # steps of a turn on a fast device
 STEPS: Mapping[str, int] = {"smoke": 4, "small": 60, "paper": 300}
 
 
-def table2(
-    scale: str,
-    out: pathlib.Path,
-    data_dir: str | None,
-    console: Console,
-    *,
-    seeds: int | None = None,
-    jobs: int = 1,
-) -> Artefact:
+def table2(request: Request) -> Artefact:
     """Race what is missing in `out` and return the artefact.
 
-    Args:
-      scale: One of `setups.SCALES`.
-      out: Folder of the rows.
-      data_dir: Folder of tensorflow-datasets.
-      console: Where to report.
-      seeds: Not read: a race has one.
-      jobs: Not read: whatever ran beside a race would spoil it.
+    Seeds and jobs are not read: a race has one of each, for whatever ran beside it would
+    spoil it.
     """
-    del seeds, jobs
-    path = output_folder(str(out)) / _FILE
+    scale, console = request.scale, request.console
+    path = output_folder(str(request.out)) / _FILE
     found: dict[str, Row] = {}
     missing: list[str] = []
     with row_lock(path), MetricsFile(path, keep_until=0) as file:
@@ -65,7 +53,7 @@ def table2(
             row = _finished(path, benchmark, scale)
             if row is None:
                 try:
-                    row = _row(benchmark, scale, data_dir, console)
+                    row = _row(benchmark, scale, request.data_dir, console)
                 except UserError as error:
                     missing.append(benchmark)
                     console.print(
