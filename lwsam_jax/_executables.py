@@ -4,31 +4,33 @@ One executable for each exact set would compile without end: on CIFAR-10 the set
 in most steps. A cover from the input-most selected layer on is always right and there are
 only L + 1 of them, but a set such as {first layer, last three} pays for all weight
 gradients in between. So a few sets are added, at fixed steps, chosen to save the most on
-the selections seen so far; the mask picks within whatever runs, and results do not depend
-on the choice.
+selections like those seen so far; the mask picks within whatever runs, and results do not
+depend on the choice.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from . import _promotion
 from ._layers import Layers
 from ._selection import Cover
 
 
-# Steps at which sets are added: early, then ever more rarely.
-_FIRST_REVIEW = 32
 # A set must save this much of a plain gradient in the average step to be worth compiling,
-_WORTH_A_SET = 0.005
+_WORTH_A_SET = 0.0075
 # and a cover this much in the step at hand.
 _WORTH_A_COVER = 0.05
-_PER_REVIEW = 4
-_MASKS_CONSIDERED = 32
+_PER_REVIEW = 2
+# What a selection counts for after each review, so that the sets follow the training.
+_MEMORY = 0.7
+_FORGOTTEN = 0.01
 
 
 class Executables:
@@ -93,7 +95,7 @@ class Executables:
     def _choose(self, bits: int) -> int:
         self._counts[bits] += 1
         self._seen += 1
-        if self._cap and _is_review(self._seen):
+        if self._cap and _promotion.is_review(self._seen):
             self._review()
         if bits not in self._chosen:
             self._chosen[bits] = self._cheapest(bits)
@@ -132,44 +134,31 @@ class Executables:
         return Cover(tuple(name for i, name in enumerate(names) if bits >> i & 1))
 
     def _review(self) -> None:
-        """Adds the sets that would have saved the most, one after the other."""
-        common = [bits for bits, _ in self._counts.most_common(_MASKS_CONSIDERED)]
-        # Unions of two also hold selections that have not been seen yet.
-        candidates = {
-            bits | more for bits in common if bits for more in (*common, *self._tails)
-        }
-        candidates -= {*self._tails, *self._sets}
-        total = sum(self._counts.values())
-        current = {
+        """Adds the sets that would save the most, one after the other."""
+        weights = _promotion.expected(self._counts, len(self._layers))
+        total = math.fsum(self._counts.values())
+        now = {
             bits: min(
                 self._price(c)
                 for c in (self._own_cover(bits), *self._sets)
                 if not bits & ~c
             )
-            for bits in self._counts
+            for bits in weights
         }
         for _ in range(_PER_REVIEW):
-            saving, best = max(
-                ((self._saving(c, current), c) for c in candidates), default=(0.0, 0)
+            saving, best = _promotion.best_set(
+                weights, now, self._tails, self._price, frozenset(self._sets)
             )
             if saving / total < _WORTH_A_SET or not self._make_room():
                 break
             self._sets[best] = self._seen
-            candidates.discard(best)
-            for bits in current:
+            for bits in now:
                 if not bits & ~best:
-                    current[bits] = min(current[bits], self._price(best))
-        # Half a memory, so that the sets follow where training goes.
-        self._counts = collections.Counter({b: n / 2 for b, n in self._counts.items()})
-        self._chosen.clear()
-
-    def _saving(self, candidate: int, current: dict[int, float]) -> float:
-        price = self._price(candidate)
-        return sum(
-            self._counts[bits] * max(0.0, now - price)
-            for bits, now in current.items()
-            if not bits & ~candidate
+                    now[bits] = min(now[bits], self._price(best))
+        self._counts = collections.Counter(
+            {bits: n * _MEMORY for bits, n in self._counts.items() if n > _FORGOTTEN}
         )
+        self._chosen.clear()
 
     def _make_room(self) -> bool:
         """Evicts the least recently used set if it sat idle; returns if there is room."""
@@ -211,8 +200,3 @@ class Executables:
 
     def _bits(self, names: Iterable[str]) -> int:
         return sum(1 << self._layers.names.index(name) for name in names)
-
-
-def _is_review(step: int) -> bool:
-    """Whether sets are added before this step: 32, 64, 128, ... by powers of two."""
-    return step >= _FIRST_REVIEW and step & (step - 1) == 0

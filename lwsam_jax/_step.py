@@ -46,7 +46,8 @@ class TrainStep:
       parallel: None for one device; "pmap" over the local devices; a
         `jax.sharding.Mesh` for data parallelism over all its axes.
       exact_sets: How many executables may stand beside the covers; 0: covers alone. They
-        are added before steps 32, 64, 128, ..., least recently used ones make room.
+        are added before every 8th step up to 192, then before steps 256, 384, 512, 768,
+        ...; the least recently used one makes room.
       selection_lag: 0: a step perturbs the layers that the norms of the step before
         select (Algorithm 1). n: those of the step n before that, so that the host does
         not wait for the device.
@@ -85,7 +86,7 @@ class TrainStep:
         method: LayerwiseSAM,
         parallel: str | Mesh | None = None,
         *,
-        exact_sets: int = 8,
+        exact_sets: int = 16,
         selection_lag: int = 0,
     ) -> None:
         """Checks the arguments; nothing is traced yet."""

@@ -126,7 +126,7 @@ def test_compiling_is_counted_and_reported():
 
 
 def test_sets_settle_early():
-    """After the reviews at 32, 64 and 128 hardly a step waits for a compilation."""
+    """After the reviews up to step 192 hardly a step waits for a compilation."""
     executables, _ = make(exact_sets=8)
     draw = random.Random(3)
     waits = []

@@ -23,6 +23,7 @@ FLOORS = {
     "_version": 0,
     "_devices": 1,
     "_jaxpr": 1,
+    "_promotion": 1,
     "_tree": 1,
     "_flops": 2,
     "_layers": 2,

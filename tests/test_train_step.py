@@ -177,6 +177,7 @@ def test_a_run_compiles_at_most_one_cover_more_than_layers():
 
     step = make(
         loss=loss,
+        exact_sets=0,
         k=None,
         select=lambda norms, key: jax.random.bernoulli(key, 0.4, norms.shape),
     )
