@@ -15,9 +15,9 @@ CONFIG = setups.config("cifar10", "lwsam", "small", 1)
 
 
 def test_the_name_of_a_run_is_readable_and_stable():
-    assert run_id(CONFIG) == "cifar10-resnet8-lwsam-k4-s1-6584e923"
+    assert run_id(CONFIG) == "cifar10-resnet8w8-lwsam-k4-s1-ae6ec9b4"
     low = dataclasses.replace(CONFIG, criterion="low", max_overhead=0.1)
-    assert run_id(low).startswith("cifar10-resnet8-lwsam-k4-low-max0.1-s1-")
+    assert run_id(low).startswith("cifar10-resnet8w8-lwsam-k4-low-max0.1-s1-")
     assert run_id(dataclasses.replace(CONFIG, dataset="/a/b/own.npz")).startswith(
         "own-"
     )

@@ -91,8 +91,8 @@ def test_networks_of_the_paper_s_size_are_traced():
 
 def test_notes_tell_what_a_scale_changes():
     small = " ".join(setups.notes(("cifar10", "flowers"), "small"))
-    assert "resnet8 instead of resnet20" in small
-    assert "train images 4,000 instead of all" in small
+    assert "resnet8w8 instead of resnet20" in small
+    assert "train images 2,000 instead of all" in small
     assert "oxford_flowers102_subset instead of oxford_flowers102" in small
     assert "weight decay" in small
     smoke = setups.notes(setups.BENCHMARKS, "smoke")

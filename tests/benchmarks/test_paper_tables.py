@@ -47,7 +47,7 @@ def test_table1(tmp_path):
     fake_runs.write(tmp_path, config, accuracy=0.7)
     made = tables.table1(Request("small", tmp_path, CONSOLE))
     assert len(made.tables) == 4
-    found = cells(by_title(made)["CIFAR-10, resnet8"])
+    found = cells(by_title(made)["CIFAR-10, resnet8w8"])
     assert found["SGD"] == ("63.00 ± 1.53 %", "1.00 ×", "3", "91.96 ± 0.3 %")
     # A run that failed is told, not dropped.
     ours = found["layer-wise SAM (4)"]
@@ -62,7 +62,7 @@ def test_table1(tmp_path):
     failed = run_id(setups.config("cifar10", "lwsam", "small", 1))
     assert f"The run {failed} failed: diverged" in text
     assert f"cifar10: {fake_runs.NOTE}" in text
-    assert "resnet8 instead of resnet20" in text
+    assert "resnet8w8 instead of resnet20" in text
     assert published.NOTES["table1"][0] in made.notes
     assert made.name == "table1"
     assert "± 1.53 %" in made.markdown()
@@ -109,7 +109,7 @@ def test_table4(tmp_path):
         tmp_path, setups.config("cifar10", "gsam", "small", 0), accuracy=0.9
     )
     made = tables.table4(Request("small", tmp_path, CONSOLE, seeds=1))
-    table = by_title(made)["CIFAR-10, resnet8"]
+    table = by_title(made)["CIFAR-10, resnet8w8"]
     assert [row[:2] for row in table.rows] == [
         ("1", "10.00 %"),
         ("2", "20.00 %"),
@@ -118,7 +118,7 @@ def test_table4(tmp_path):
         ("all", "90.00 %"),
     ]
     assert table.rows[3][-2:] == ("92.77 ± 0.5 %", "564.5")
-    assert table.notes == ("resnet8 has 8 layers: k = 8 is all.",)
+    assert table.notes == ("resnet8w8 has 8 layers: k = 8 is all.",)
     assert by_title(made)["Oxford Flowers-102 subset, wrn10-1"].notes == ()
 
 
