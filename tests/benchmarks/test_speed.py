@@ -1,6 +1,7 @@
 """`lwsam-bench speed`: what it measures, and what its check finds missing."""
 
 import dataclasses
+import inspect
 import io
 import json
 
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+import lwsam_jax as lwsam
 from lwsam_bench import cli_cost, docs_page, speed, speed_report, text, workloads
 from lwsam_bench._errors import UserError
 from lwsam_bench.models.gpt import GPT
@@ -212,7 +214,7 @@ def test_check_passes_where_all_limits_are_kept():
         (OPTAX_SAM, {"time": 1.6}),
         (PAPER, {"flops_xla": 1.55}),
         (PAPER, {"flops": 1.7, "flops_xla": 1.7}),
-        (PAPER, {"executables": 30}),
+        (PAPER, {"executables": 38}),
         (PAPER, {"waits": 0.03}),
         (SMALL, {"memory": 1.06}),
         (PAPER, {"memory": 1.16}),
@@ -223,6 +225,11 @@ def test_check_finds_a_broken_limit(method, change):
     figures = speed_report.figures(rows_of_a_check(**{method: change}))
     assert not all(figure.holds for figure in figures)
     assert "missed" in speed_report.figures_table(figures)
+
+
+def test_the_cap_of_the_check_is_the_default_of_the_library():
+    default = inspect.signature(lwsam.TrainStep).parameters["exact_sets"].default
+    assert speed_report.EXACT_SETS == default
 
 
 def test_text_batches_follow_from_seed_and_step():
