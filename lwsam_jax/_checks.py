@@ -53,18 +53,30 @@ def alpha(who: str, x: Any) -> None:
     )
 
 
-def count_of_layers(who: str, argument: str, k: Any) -> None:
-    """Raises unless `k` may stand for a number of layers; arrays pass unread."""
+def count(who: str, argument: str, n: Any, remedy: str) -> None:
+    """Raises unless `n` may stand for a number of things; arrays pass unread."""
     if (
-        k is None
-        or isinstance(k, (bool, str, float))
-        or (is_number(k) and not isinstance(k, numbers.Integral))
+        n is None
+        or isinstance(n, (bool, str, float))
+        or (is_number(n) and not isinstance(n, numbers.Integral))
     ):
-        remedy = "Pass how many layers to perturb, e.g. k=4."
-        raise TypeError(message(who, argument, "an integer", repr(k), remedy))
-    if is_number(k) and k < 0:
-        remedy = "Pass how many layers to perturb; 0 is the plain base optimizer."
-        raise ValueError(message(who, argument, ">= 0", k, remedy))
+        raise TypeError(message(who, argument, "an integer", repr(n), remedy))
+    if is_number(n) and n < 0:
+        raise ValueError(message(who, argument, ">= 0", n, remedy))
+
+
+def count_of_layers(who: str, argument: str, k: Any) -> None:
+    """Checks a number of layers to perturb."""
+    remedy = "Pass how many layers to perturb, e.g. k=4; 0 is the plain base optimizer."
+    count(who, argument, k, remedy)
+
+
+def budget(who: str, argument: str, x: Any) -> None:
+    """Checks a bound on overhead: known before the first step, so no schedule."""
+    remedy = "0.1 allows for 1.1 plain gradients; None sets no bound."
+    if not is_number(x):
+        raise TypeError(message(who, argument, "a number or None", repr(x), remedy))
+    non_negative(who, argument, x, remedy)
 
 
 def choice(who: str, argument: str, value: Any, choices: Sequence[str]) -> None:

@@ -88,7 +88,8 @@ class StepCost:
         Args:
           period: LookSAM's k, the steps between two ascents.
         """
-        _checks.count_of_layers(_WHO, "period", period)
+        remedy = "Pass the steps from one ascent to the next, e.g. 5."
+        _checks.count(_WHO, "period", period, remedy)
         return 1.0 + 1.0 / max(int(period), 1)
 
     def table(self) -> str:
@@ -162,6 +163,7 @@ def step_cost(
         known = Layers.of(params, rule, loss_fn, *args, axis_env=axis_env)
     else:
         known = layers
+        known.flatten("step_cost", "params", params)  # refuses another tree
     traced, inputs = _jaxpr.trace_call(loss_fn, params, args, axis_env=axis_env)
     count = len(known)
     sources = {v: 1 << (count + 1) for v in (*inputs, *traced.consts)}

@@ -28,9 +28,10 @@ _WORTH_A_SET = 0.0075
 # and a cover this much in the step at hand.
 _WORTH_A_COVER = 0.05
 _PER_REVIEW = 2
-# What a selection counts for after each review, so that the sets follow the training.
+# What a selection counts for after each review, so that the sets follow the training,
 _MEMORY = 0.7
-_FORGOTTEN = 0.01
+# and how many are remembered at most; twice as many between two reviews.
+_REMEMBERED = 512
 
 
 class Executables:
@@ -47,7 +48,8 @@ class Executables:
         ratio: Callable[[Cover], float],
         build: Callable[[Cover], Callable[..., Any]],
         exact_sets: int,
-        bound: float | None,
+        bound: float | None = None,
+        at_most_own: bool = False,
     ) -> None:
         """Takes the cost of a cover and how to build its step; compiles nothing.
 
@@ -57,12 +59,15 @@ class Executables:
           build: Returns the jitted step of a cover.
           exact_sets: How many sets may stand beside the L + 1 covers.
           bound: Overhead that no step may exceed, or None.
+          at_most_own: Whether no step may cost more than the cover of its selection.
         """
         self._layers, self._build, self._bound = layers, build, bound
         self._cap = exact_sets
+        self._worth_a_cover = 0.0 if at_most_own else _WORTH_A_COVER
         self._ratio = ratio
         self._prices: dict[int, float] = {}
         self._steps: dict[int, Callable[..., Any]] = {}
+        self._called: set[int] = set()  # of these, no longer to be compiled
         self._sets: dict[int, int] = {}  # chosen set -> step of its last use
         self._counts: collections.Counter[int] = collections.Counter()
         self._seen = 0
@@ -80,29 +85,51 @@ class Executables:
         return tuple(self._cover(bits) for bits in self._steps)
 
     def run(self, mask: np.ndarray, *args: Any) -> Any:
-        """Runs the step for a mask, on the cheapest executable that contains it."""
-        bits = sum(1 << i for i in np.flatnonzero(mask).tolist())
-        choice = self._choose(bits)
-        if choice in self._steps:
-            return self._steps[choice](*args)
-        start = time.perf_counter()
-        self._steps[choice] = self._build(self._cover(choice))
-        self._chosen.clear()
-        result = self._steps[choice](*args)
-        self.compile_seconds += time.perf_counter() - start
-        return result
+        """Runs the step for a mask, on the cheapest executable that contains it.
 
-    def _choose(self, bits: int) -> int:
-        self._counts[bits] += 1
-        self._seen += 1
-        if self._cap and _promotion.is_review(self._seen):
-            self._review()
+        A step that raises leaves everything as it was.
+        """
+        bits = sum(1 << i for i in np.flatnonzero(mask).tolist())
         if bits not in self._chosen:
             self._chosen[bits] = self._cheapest(bits)
         choice = self._chosen[bits]
+        if choice in self._called:
+            result = self._steps[choice](*args)
+        else:
+            result = self._first_call(choice, *args)
+        self._remember(bits, choice)
+        return result
+
+    def _first_call(self, choice: int, *args: Any) -> Any:
+        start = time.perf_counter()
+        step = self._steps.get(choice) or self._build(self._cover(choice))
+        result = step(*args)
+        self.compile_seconds += time.perf_counter() - start
+        self._called.add(choice)
+        if choice not in self._steps:
+            self._steps[choice] = step
+            self._chosen.clear()
+        return result
+
+    def _remember(self, bits: int, choice: int) -> None:
+        self._seen += 1
         if choice in self._sets:
             self._sets[choice] = self._seen
-        return choice
+        if not self._cap:
+            if len(self._chosen) > _REMEMBERED:
+                self._chosen.clear()
+            return
+        self._counts[bits] += 1
+        if _promotion.is_review(self._seen):
+            self._review()
+        elif len(self._counts) > 2 * _REMEMBERED:
+            self._forget(1.0)
+
+    def _forget(self, memory: float) -> None:
+        """Keeps the selections that count most, with a part of what they count."""
+        kept = _promotion.heaviest(self._counts, _REMEMBERED)
+        self._counts = collections.Counter({b: self._counts[b] * memory for b in kept})
+        self._chosen.clear()
 
     def _cheapest(self, bits: int) -> int:
         """Returns a compiled executable or a chosen set, else the selection's cover."""
@@ -117,7 +144,7 @@ class Executables:
         ]
         best = min(usable, key=lambda c: (self._price(c), c), default=own)
         saved = self._price(best) - self._price(own)
-        return own if own not in self._steps and saved > _WORTH_A_COVER else best
+        return own if own not in self._steps and saved > self._worth_a_cover else best
 
     def _own_cover(self, bits: int) -> int:
         if not bits:
@@ -155,10 +182,7 @@ class Executables:
             for bits in now:
                 if not bits & ~best:
                     now[bits] = min(now[bits], self._price(best))
-        self._counts = collections.Counter(
-            {bits: n * _MEMORY for bits, n in self._counts.items() if n > _FORGOTTEN}
-        )
-        self._chosen.clear()
+        self._forget(_MEMORY)
 
     def _make_room(self) -> bool:
         """Evicts the least recently used set if it sat idle; returns if there is room."""
@@ -168,6 +192,7 @@ class Executables:
         if 2 * self._sets[oldest] > self._seen:
             return False
         del self._sets[oldest]
+        self._called.discard(oldest)
         if self._steps.pop(oldest, None) is not None:
             self.evictions += 1
         return True
@@ -184,15 +209,26 @@ class Executables:
         }
 
     def restore(self, history: dict[str, Any]) -> None:
-        """Takes over a history: the next choices are those of the run it is of."""
-        self._seen = int(history["seen"])
-        self._counts = collections.Counter(
-            {self._bits(names): n for names, n in history["counts"]}
-        )
-        self._sets = {self._bits(names): int(at) for names, at in history["sets"]}
-        for names in history["compiled"]:
-            bits = self._bits(names)
-            self._steps.setdefault(bits, self._build(self._cover(bits)))
+        """Takes over a history: the next choices are those of the run it is of.
+
+        What is compiled already and stands in the history is kept, the rest is dropped.
+
+        Raises:
+          ValueError, KeyError, TypeError: If it is no history of these layers.
+        """
+        seen = int(history["seen"])
+        counts = {self._bits(names): float(n) for names, n in history["counts"]}
+        used = {self._bits(names): int(at) for names, at in history["sets"]}
+        latest = sorted(used, key=used.__getitem__, reverse=True)[: self._cap]
+        sets = {bits: at for bits, at in used.items() if bits in latest}
+        compiled = map(self._bits, history["compiled"])
+        kept = [bits for bits in compiled if bits in sets or bits in self._tails]
+        self._seen, self._counts, self._sets = seen, collections.Counter(counts), sets
+        self._steps = {
+            bits: self._steps.get(bits) or self._build(self._cover(bits))
+            for bits in kept
+        }
+        self._called &= set(kept)
         self._chosen.clear()
 
     def _names(self, bits: int) -> tuple[str, ...]:

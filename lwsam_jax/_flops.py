@@ -28,7 +28,7 @@ _TRANSCENDENTAL = frozenset(
     "exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan sinh cosh asinh "
     "acosh atanh sqrt rsqrt cbrt pow erf erfc erf_inv atan2 lgamma digamma".split()
 )
-_LINEAR = frozenset("add sub neg add_any convert_element_type real imag psum".split())
+_LINEAR = frozenset("sub neg convert_element_type real imag".split())
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin "
     "cumsum cumprod cummax cummin cumlogsumexp".split()

@@ -182,8 +182,9 @@ class Layers:
             meets = _first_meetings(params, loss_fn, args, axis_env)
             first: dict[int, int] = {}
             for at, m in zip(leaf_layer, meets, strict=True):
-                first[at] = min(first.get(at, m), m) if m >= 0 else first.get(at, m)
-            keys = [(first[i], o, i) for i, o in enumerate(order)]
+                if m >= 0:
+                    first[at] = min(first.get(at, m), m)
+            keys = [(first.get(i, -1), o, i) for i, o in enumerate(order)]
         else:
             keys = [(0, o, i) for i, o in enumerate(order)]
         by_depth = sorted(range(len(names)), key=keys.__getitem__)

@@ -123,8 +123,7 @@ class LayerwiseSAM:
         for name in ("max_overhead", "mean_overhead"):
             bound = getattr(self, name)
             if bound is not None:
-                remedy = "0.1 allows for 1.1 plain gradients; None sets no bound."
-                _checks.non_negative(_WHO, name, bound, remedy)
+                _checks.budget(_WHO, name, bound)
         if self.reuse is not None:
             self._check_reuse()
 

@@ -23,7 +23,8 @@ _SETTLED = 192
 # Of a selection's weight, the part that its neighbours share, and the rarest neighbour.
 _NEIGHBOURS = 0.5
 _RAREST = 0.01
-# Selections and covers that a review looks at, the heaviest ones.
+# What a review looks at, the heaviest: selections with their neighbours, all, covers.
+_SPREAD = 256
 _SELECTIONS = 1024
 _COVERS = 24
 
@@ -31,7 +32,7 @@ _UNIT = 1 << 18  # of weights and of prices: sums fit 64 bits for 10^7 steps
 
 
 def is_review(step: int) -> bool:
-    """Returns whether sets are promoted before this step; the first steps are number 1.
+    """Returns whether sets are promoted after this many steps.
 
     Every eighth step up to 192, when training moves fast and most executables are still
     to be compiled; then at 256, 384, 512, 768, ..., so that a compilation becomes rare.
@@ -41,7 +42,7 @@ def is_review(step: int) -> bool:
 
 
 def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
-    """Returns how heavy each selection weighs, the sum of the counts staying the same.
+    """Returns how heavy each selection weighs; together as much as was counted.
 
     A neighbour has one layer exchanged for another one, in proportion to how often that
     is selected otherwise. Where selections hardly ever vary, neighbours weigh little.
@@ -51,7 +52,7 @@ def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
       layers: Number of layers.
 
     Returns:
-      Weight of the heaviest selections, in integer units.
+      Weight of the heaviest selections, in integer units; the lightest are left out.
     """
     often = [
         math.fsum(n for bits, n in counts.items() if bits >> i & 1)
@@ -63,22 +64,29 @@ def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
     def add(bits: int, weight: float) -> None:
         weights[bits] = weights.get(bits, 0) + round(weight * _UNIT)
 
-    for bits, n in counts.items():
+    for place, bits in enumerate(heaviest(counts, len(counts))):
+        n = counts[bits]
         inside = [i for i in range(layers) if bits >> i & 1]
         outside = [i for i in range(layers) if not bits >> i & 1]
         total = math.fsum(often[i] for i in outside)
-        into = {i: often[i] / total for i in outside if often[i] > _RAREST * total}
-        if not (inside and into):
+        kept = [i for i in outside if often[i] > _RAREST * total]
+        if not (inside and kept) or place >= _SPREAD:
             add(bits, n)
             continue
+        known = math.fsum(often[i] for i in kept)
+        into = {i: often[i] / known for i in kept}
         share = _NEIGHBOURS * min(1.0, total / steps)
         add(bits, n * (1 - share))
         each = n * share / len(inside)
         for old in inside:
             for new, part in into.items():
                 add(bits & ~(1 << old) | 1 << new, each * part)
-    heaviest = sorted(weights, key=lambda bits: (-weights[bits], bits))[:_SELECTIONS]
-    return {bits: weights[bits] for bits in heaviest}
+    return {bits: weights[bits] for bits in heaviest(weights, _SELECTIONS)}
+
+
+def heaviest(weights: Mapping[int, float], count: int) -> list[int]:
+    """Returns the heaviest selections, in an order that is the same everywhere."""
+    return sorted(weights, key=lambda bits: (-weights[bits], bits))[:count]
 
 
 def best_set(
@@ -113,7 +121,7 @@ def best_set(
     for cover in _heaviest_covers(weights, covers):
         path = _drop_layers(cover, covers, selected, weight, cost, price)
         for saving, bits in path:
-            if bits not in taken and (saving, bits) > best:
+            if saving and bits not in taken and (saving, bits) > best:
                 best = (saving, bits)
     return best[0] / _UNIT**2, best[1]
 

@@ -46,8 +46,9 @@ class TrainStep:
       parallel: None for one device; "pmap" over the local devices; a
         `jax.sharding.Mesh` for data parallelism over all its axes.
       exact_sets: How many executables may stand beside the covers; 0: covers alone. They
-        are added before every 8th step up to 192, then before steps 256, 384, 512, 768,
-        ...; the least recently used one makes room.
+        are added after every 8th step up to 192, then after steps 256, 384, 512, 768,
+        ...; one that has been idle for half of the run makes room, the least recently
+        used first.
       selection_lag: 0: a step perturbs the layers that the norms of the step before
         select (Algorithm 1). n: those of the step n before that, so that the host does
         not wait for the device.
@@ -91,8 +92,10 @@ class TrainStep:
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
         _check_arguments(loss_fn, base_optimizer, method)
-        _checks.count_of_layers(_WHO, "exact_sets", exact_sets)
-        _checks.count_of_layers(_WHO, "selection_lag", selection_lag)
+        remedy = "Pass how many executables may be added; 0: covers alone."
+        _checks.count(_WHO, "exact_sets", exact_sets, remedy)
+        remedy = "Pass by how many steps the norms are late; 0 is Algorithm 1."
+        _checks.count(_WHO, "selection_lag", selection_lag, remedy)
         self._loss_fn = loss_fn
         self._optimizer = optax.with_extra_args_support(base_optimizer)
         self._method = method
@@ -174,10 +177,12 @@ class TrainStep:
         if not self._is_latest(queue):
             # Read now: the step to come donates them.
             self._due = collections.deque(map(_selection.read_mask, queue))
-        mask = _selection.read_mask(self._due.popleft())
+        mask = _selection.read_mask(self._due[0])
         if self._method.is_plain:
             mask = np.zeros_like(mask)
         state, info, decided = self._executables.run(mask, state, batch)
+        # Only now: a step that raises, for its batch say, leaves the queue as it was.
+        self._due.popleft()
         self._due.append(decided)
         self._latest = (state.method_state.mask, *state.method_state.pending)
         return state, info
@@ -216,10 +221,9 @@ class TrainStep:
           ValueError: If the batches do not divide by the devices.
         """
         if covers is not None:
-            _checks.count_of_layers(f"{_WHO}.scan", "covers", covers)
-        first = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches
-        )
+            remedy = "Pass how many covers to compile beside the plain step."
+            _checks.count(f"{_WHO}.scan", "covers", covers, remedy)
+        first = jax.tree.map(_one_of_many, batches)
         self._prepare(state, first)
         if covers is None:
             assert self.layers is not None
@@ -245,9 +249,9 @@ class TrainStep:
     def history(self) -> dict[str, Any]:
         """Returns what the choice of executables depends on, fit for JSON.
 
-        No result depends on it where executables agree bit for bit, as on CPU. Elsewhere
-        a run that is resumed with `restore_history` repeats the choices of an unbroken
-        one.
+        Where executables agree bit for bit, as on CPU, no parameter, norm or mask depends
+        on it, only what `info.overhead` and its mean report. Elsewhere a run that is
+        resumed with `restore_history` repeats the choices of an unbroken one.
         """
         if self._executables is None:
             return self._history or {}
@@ -258,10 +262,28 @@ class TrainStep:
 
         Args:
           history: From the `history()` of a step with the same loss and method.
+
+        Raises:
+          ValueError: If it is of other layers; raised by `init` if that comes later.
         """
         self._history = history or None
-        if self._executables is not None and self._history:
-            self._executables.restore(self._history)
+        if self._executables is not None:
+            self._take_over_history(self._executables)
+
+    def _take_over_history(self, executables: Executables) -> None:
+        if not self._history:
+            return
+        try:
+            executables.restore(self._history)
+        except (KeyError, TypeError, ValueError) as error:
+            remedy = "Pass what history() of a TrainStep with the same layers returned."
+            expected = "a history of these layers"
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                _checks.message(_WHO, "history", expected, got, remedy)
+            ) from error
+        finally:
+            self._history = None  # a later `init` begins another run
 
     def _prepare(self, state: TrainState, batch: Any) -> None:
         leaves = [state.step, *jax.tree.leaves(batch)]
@@ -272,7 +294,7 @@ class TrainStep:
                     _WHO, "state", "concrete", "a tracer (under jit)", remedy
                 )
             )
-        if self.layers is None:
+        if self._executables is None:
             self._study(state.params, state.model_state, batch, state.key)
 
     def _study(self, params: Any, model_state: Any, batch: Any, key: jax.Array) -> None:
@@ -281,42 +303,59 @@ class TrainStep:
         axes = self._devices.axis_sizes()
         _check_loss(self._loss_fn, (params, *args), axes)
         method = self._method
-        self.layers = method.layers_of(params, self._loss_fn, *args, axis_env=axes)
-        self.cost = _cost.step_cost(
-            self._loss_fn, params, *args, layers=self.layers, axis_env=axes
+        layers = method.layers_of(params, self._loss_fn, *args, axis_env=axes)
+        cost = _cost.step_cost(
+            self._loss_fn, params, *args, layers=layers, axis_env=axes
         )
-        self._one = OneStep(
+        one = OneStep(
             self._loss_fn,
             self._optimizer,
             method,
             self._devices,
-            self.layers,
-            self.cost,
+            layers,
+            cost,
             self._lag,
         )
-        if self._one.purse.affords_nothing:
-            prices = self.cost.prices(method.normalize)
+        executables = Executables(
+            layers,
+            ratio=one.ratio,
+            build=self._build,
+            exact_sets=self._exact_sets,
+            bound=method.max_overhead,
+            # The mean is kept by charging covers: nothing dearer may run.
+            at_most_own=method.mean_overhead is not None,
+        )
+        # All or nothing: what failed above is studied again by the next call.
+        self.layers, self.cost, self._one = layers, cost, one
+        self._executables = executables
+        self._scans.clear()
+        self._take_over_history(executables)
+        if one.purse.affords_nothing:
+            prices = cost.prices(method.normalize)
             cheapest = min(range(len(prices)), key=prices.__getitem__)
             warnings.warn(
                 f"{_WHO}: `max_overhead`={method.max_overhead} is below the price of any "
                 f"layer, so every step is plain. The cheapest, "
-                f"{self.layers.names[cheapest]}, costs {prices[cheapest]:.4f}.",
+                f"{layers.names[cheapest]}, costs {prices[cheapest]:.4f}.",
                 stacklevel=4,
             )
-        self._executables = Executables(
-            self.layers,
-            ratio=self._one.ratio,
-            build=self._build,
-            exact_sets=self._exact_sets,
-            bound=method.max_overhead,
-        )
-        if self._history:
-            self._executables.restore(self._history)
 
     def _build(self, selection: tuple[str, ...] | Cover) -> Any:
         return self._devices.compile(
             lambda state, batch: self._one.run(selection, state, batch)
         )
+
+
+def _one_of_many(x: Any) -> jax.ShapeDtypeStruct:
+    """Returns what a step sees of an array that has an axis of steps in front."""
+    if not getattr(x, "ndim", 0):
+        remedy = "Stack the batches: every array, scalars too, has the steps first."
+        raise ValueError(
+            _checks.message(
+                f"{_WHO}.scan", "batches", "arrays with an axis of steps", x, remedy
+            )
+        )
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 def _check_arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:

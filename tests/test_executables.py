@@ -21,7 +21,7 @@ def ratio(cover):
     return 1.0 + ((L - min(depths)) / L * 0.6 + WEIGHT * len(depths) if depths else 0.0)
 
 
-def make(exact_sets=4, bound=None):
+def make(exact_sets=4, bound=None, at_most_own=False):
     ran = []
 
     def build(cover):
@@ -31,7 +31,7 @@ def make(exact_sets=4, bound=None):
 
         return step
 
-    return Executables(LAYERS, ratio, build, exact_sets, bound), ran
+    return Executables(LAYERS, ratio, build, exact_sets, bound, at_most_own), ran
 
 
 def mask(*indices):
@@ -137,6 +137,78 @@ def test_sets_settle_early():
         if len(executables.compiled) + executables.evictions > before:
             waits.append(step)
     assert sum(step >= 200 for step in waits) < 4
+
+
+def test_no_step_costs_more_than_its_own_cover():
+    """A mean that is kept by charging covers would be exceeded otherwise."""
+    executables, ran = make(at_most_own=True)
+    draw = random.Random(4)
+    for _ in range(200):
+        chosen = draw.sample(range(L), 2)
+        executables.run(mask(*chosen), "state")
+        own = lwsam.Cover(LAYERS.from_depth(min(LAYERS.depth[i] for i in chosen)))
+        assert ratio(ran[-1]) <= ratio(own)
+
+
+def test_a_step_that_raises_leaves_everything_as_it_was():
+    def build(cover):
+        def step(fails):
+            if fails:
+                raise KeyError("image")
+
+        return step
+
+    executables = Executables(LAYERS, ratio, build, exact_sets=4)
+    for before in (None, 7):
+        if before is not None:
+            executables.run(mask(before), False)
+        history = executables.history()
+        with pytest.raises(KeyError, match="image"):
+            executables.run(mask(2), True)
+        assert executables.history() == history
+
+
+def test_what_is_remembered_is_bounded():
+    many = lwsam.Layers.of([jnp.ones((2, 2)) for _ in range(30)])
+    draw = random.Random(5)
+    for exact_sets in (0, 2):
+        executables = Executables(
+            many, lambda cover: 1.0, lambda cover: lambda: None, exact_sets
+        )
+        for _ in range(3000):
+            executables.run(np.isin(np.arange(30), draw.sample(range(30), 4)))
+        most = 0 if not exact_sets else 1024
+        assert len(executables.history()["counts"]) <= most
+        assert len(executables._chosen) <= 1024
+
+
+def test_a_history_replaces_what_was_there():
+    """Else the way back to an older checkpoint would not repeat its run."""
+    executables, _ = make()
+    draw = random.Random(6)
+    masks = [mask(0, *draw.sample(range(3, L), 2)) for _ in range(200)]
+    for m in masks[:60]:
+        executables.run(m, "state")
+    history = executables.history()
+    for m in masks[60:]:
+        executables.run(m, "state")
+    assert executables.history() != history
+    executables.restore(history)
+    assert executables.history() == history
+
+
+def test_a_history_is_taken_over_within_the_cap():
+    executables, _ = make(exact_sets=8)
+    draw = random.Random(7)
+    for _ in range(200):
+        executables.run(mask(0, *draw.sample(range(3, L), 2)), "state")
+    history = executables.history()
+    for cap in (0, 1):
+        fewer, _ = make(exact_sets=cap)
+        fewer.restore(history)
+        assert len(fewer.history()["sets"]) == cap
+        covers = [lwsam.Cover(LAYERS.from_depth(d)) for d in range(L + 1)]
+        assert sum(cover not in covers for cover in fewer.compiled) <= cap
 
 
 @pytest.mark.parametrize("exact_sets", [-1, 1.5])

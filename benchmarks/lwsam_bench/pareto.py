@@ -22,6 +22,7 @@ from lwsam_bench.pareto_methods import LADDER, Method, METHODS
 from lwsam_bench.pareto_train import Course, Runner, Task
 from lwsam_bench.progress import reading
 from lwsam_bench.provenance import provenance
+from lwsam_bench.row_lock import row_lock
 
 
 TASKS: Mapping[str, Task] = {
@@ -97,7 +98,8 @@ def run(
         name: list(read_rows(folder / f"{name}.jsonl")) for name in config.datasets
     }
     pareto_report.render({k: v for k, v in found.items() if v}, folder, docs)
-    console.print(f"rows, tables and plots are in {folder}/", soft_wrap=True)
+    made = f"; tables and plots are in {docs}/" if docs else ", tables and plots too"
+    console.print(f"rows are in {folder}/{made}", soft_wrap=True)
     return 0
 
 
@@ -114,8 +116,21 @@ class _Sweep:
         self._config, self._console = config, console
         self._path = folder / f"{dataset}.jsonl"
         self._task = config.task(dataset)
-        self._rows = list(read_rows(self._path))
+        self._rows: list[Row] = []
         self._course: Course | None = None
+
+    def run(self, data_dir: str | None) -> None:
+        """Run what is missing, method by method.
+
+        Raises:
+          UserError: If another process is writing the rows, or they are of another task.
+        """
+        with row_lock(self._path):
+            self._read()
+            self._run(data_dir)
+
+    def _read(self) -> None:
+        self._rows = list(read_rows(self._path))
         wanted = dataclasses.asdict(self._task)
         for row in self._rows:
             changes = differences(row.get("task", {}), wanted)
@@ -125,8 +140,7 @@ class _Sweep:
                     " choose another --out"
                 )
 
-    def run(self, data_dir: str | None) -> None:
-        """Run what is missing, method by method."""
+    def _run(self, data_dir: str | None) -> None:
         dataset = self._task.dataset
         seeds = range(self._config.seeds or SEEDS[dataset])
         tuning = TUNING_SEEDS[dataset]

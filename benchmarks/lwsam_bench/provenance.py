@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 
+_RESULTS = ":(top,exclude)benchmarks/results"
 _PACKAGES = (
     "lwsam-jax",
     "jax",
@@ -55,8 +56,10 @@ def _commit() -> dict[str, Any]:
     ours = commit and _git(folder, "ls-files", "--error-unmatch", __file__) is not None
     if not ours:
         return {"commit": None, "dirty": None}
-    # Untracked files count: an experiment may import one.
-    return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    # Untracked files count: an experiment may import one. Results do not: a command that
+    # writes them into the repository would call its own second row dirty.
+    status = _git(folder, "status", "--porcelain", "--", ":/", _RESULTS)
+    return {"commit": commit, "dirty": bool(status)}
 
 
 def _git(folder: pathlib.Path, *arguments: str) -> str | None:

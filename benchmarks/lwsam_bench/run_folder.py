@@ -16,6 +16,7 @@ from lwsam_bench.config import differences, TrainConfig
 
 CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
 TENSORBOARD, LOCK = "tensorboard", ".lock"
+_REMOVED = ".removed"
 _NOT_COMPARED = ("weights",)  # a path; what the file holds is part of the identity
 
 
@@ -116,11 +117,14 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 def start_over(out: pathlib.Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     try:
-        # First the configuration: without it the rest belongs to no run.
-        for name in (CONFIG, METRICS):
-            (out / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, TENSORBOARD):
+        # Removing a tree takes its time. Moved away at once, checkpoints are all there or
+        # all gone, whenever this is cut off; a run without any begins at its first step.
+        removed = out / _REMOVED
+        shutil.rmtree(removed, ignore_errors=True)
+        removed.mkdir()
+        for name in (CHECKPOINTS, METRICS, TENSORBOARD, CONFIG):
             if (out / name).exists():
-                shutil.rmtree(out / name)
+                (out / name).replace(removed / name)
+        shutil.rmtree(removed)
     except OSError as error:
         raise UserError(f"cannot replace the run in {out}: {error}") from error

@@ -183,7 +183,8 @@ def _row(
         "time": took.ratio,
         "time_quartiles": took.quartiles,
         "seconds": took.seconds,
-        "items_per_second": workload.items / took.seconds,
+        # SGD's, by the ratio: the machine may drift, and not all run equally many steps.
+        "items_per_second": workload.items / timing(first, first).seconds / took.ratio,
         "unit": workload.unit,
         "memory": max(program["memory"] for program in programs),
         "executables": len(programs),

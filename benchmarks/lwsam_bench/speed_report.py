@@ -64,16 +64,23 @@ def _notes(rows: Sequence[Row]) -> str:
     cores = f", {origin['cpu_count']} cores" if origin["platform"] == "cpu" else ""
     turns = "step by step" if first["burst"] == 1 else f"every {first['burst']} steps"
     return (
-        f"{first['data']}; {max(row['steps'] for row in rows)} steps of real training,"
+        f"{first['data']}; {_steps(rows)} steps of real training,"
         f" the methods taking turns {turns} in one process. FLOPs, time and memory are"
         " over SGD's: FLOPs the mean over the steps, by the cost model and by XLA's"
         " count for the executables that ran; time the median over blocks of 10 steps"
-        " without warm-up and steps that compiled; memory the most of any executable"
+        " without warm-up and steps that compiled;"
+        f" {first['unit']}/s are SGD's over the time; memory the most of any executable"
         " (arguments, results and temporaries). Waited: share of the second half's"
         " steps that waited for a compiler. Host: median time of a step's call beyond"
         " that of its executable: reading the mask, choosing the executable."
         f" JAX {origin['packages']['jax']}, {origin['device']}{cores}."
     )
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    """Return how many steps the methods ran, fewest to most."""
+    fewest, most = (f(row["steps"] for row in rows) for f in (min, max))
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:

@@ -86,7 +86,9 @@ def _images(
     mean, std = dataset.statistics()
     return Workload(
         title=title,
-        data=f"{dataset.name} {dataset.version}",
+        data=". ".join(
+            filter(None, (f"{dataset.name} {dataset.version}", dataset.note))
+        ),
         loss_fn=make_loss_fn(network, weight_decay=1e-4, label_smoothing=0.1),
         params=network.params,
         model_state=network.model_state,

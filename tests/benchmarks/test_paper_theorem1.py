@@ -11,8 +11,8 @@ from rich.console import Console
 from lwsam_bench._errors import UserError
 from lwsam_bench.paper import theorem1, theorem1_report
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem, WIDTH
+from lwsam_bench.row_lock import row_lock
 
 
 LENGTH = theorem1.Length(steps=30, seeds=2)

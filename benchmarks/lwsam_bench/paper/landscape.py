@@ -26,10 +26,10 @@ from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.landscape_grid import choose_layers, Images, Layer, norm, Plane
 from lwsam_bench.paper.outcome import DONE, run_id
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.sweep import Sweep
 from lwsam_bench.progress import reading
 from lwsam_bench.provenance import provenance
+from lwsam_bench.row_lock import row_lock
 from lwsam_bench.tasks import Task
 
 

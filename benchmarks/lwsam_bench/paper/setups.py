@@ -33,6 +33,9 @@ METHODS: Mapping[str, str] = {
 BUDGET = 0.1
 BUDGETED = "layer-wise SAM within 1.1 ×"
 
+# What `prepared` resizes images to that come in all sizes, unless it is told otherwise.
+_IMAGE_SIZE = 64
+
 _SEEDS: Mapping[str, int] = {"smoke": 1, "small": 3, "paper": 3}
 
 
@@ -303,7 +306,7 @@ def _differences(paper: Setup, here: Setup) -> list[str]:
             continue
         name = field.name.replace("_", " ")
         if field.name == "image_size":
-            old = old or "as the dataset has it"
+            old = old or _IMAGE_SIZE
         before = "all" if old is None else f"{old}"
         told.append(f"{name} {_readable(new)} instead of {_readable(before)}")
     return told

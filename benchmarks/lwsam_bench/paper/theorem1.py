@@ -48,9 +48,9 @@ from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import theorem1_report
 from lwsam_bench.paper.artefact import Artefact, command_line
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem
 from lwsam_bench.provenance import provenance
+from lwsam_bench.row_lock import row_lock
 
 
 BATCH_SIZE = 16

@@ -21,10 +21,10 @@ from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import runs, setups, throughput_report
 from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.row_lock import row_lock
 from lwsam_bench.progress import reading
 from lwsam_bench.provenance import provenance
 from lwsam_bench.racers import TrainStepRacer
+from lwsam_bench.row_lock import row_lock
 from lwsam_bench.speed_race import Lane, race, timing
 from lwsam_bench.training import make_optimizer, make_schedule
 from lwsam_bench.workloads import Workload
