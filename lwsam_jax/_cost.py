@@ -18,7 +18,7 @@ _WHO = "lwsam.step_cost"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepCost:
-    """FLOPs of a loss and its gradients, from one trace; made by `step_cost`.
+    """FLOPs of a loss and its gradients, from its trace; made by `step_cost`.
 
     Attributes:
       layers: The layers, with their depth in this loss.
@@ -133,7 +133,7 @@ def step_cost(
 ) -> StepCost:
     """Counts the FLOPs of a loss, its gradient, and its steps of layer-wise SAM.
 
-    One trace, no compilation, nothing runs. The trip count of a while loop is unknown
+    Nothing is compiled, nothing runs. The trip count of a while loop is unknown
     and counts as one; a scan counts by its length.
 
     Args:

@@ -68,6 +68,7 @@ class Executables:
         self._prices: dict[int, float] = {}
         self._steps: dict[int, Callable[..., Any]] = {}
         self._called: set[int] = set()  # of these, no longer to be compiled
+        self._shelf: dict[int, Callable[..., Any]] = {}  # as these, not in use
         self._sets: dict[int, int] = {}  # chosen set -> step of its last use
         self._counts: collections.Counter[int] = collections.Counter()
         self._seen = 0
@@ -102,9 +103,12 @@ class Executables:
 
     def _first_call(self, choice: int, *args: Any) -> Any:
         start = time.perf_counter()
-        step = self._steps.get(choice) or self._build(self._cover(choice))
+        shelved = self._shelf.get(choice)
+        known = shelved or self._steps.get(choice)
+        step = known or self._build(self._cover(choice))
         result = step(*args)
-        self.compile_seconds += time.perf_counter() - start
+        if not shelved:
+            self.compile_seconds += time.perf_counter() - start
         self._called.add(choice)
         if choice not in self._steps:
             self._steps[choice] = step
@@ -211,7 +215,7 @@ class Executables:
     def restore(self, history: dict[str, Any]) -> None:
         """Takes over a history: the next choices are those of the run it is of.
 
-        What is compiled already and stands in the history is kept, the rest is dropped.
+        What else has been compiled does not count, but need not be compiled again.
 
         Raises:
           ValueError, KeyError, TypeError: If it is no history of these layers.
@@ -223,12 +227,13 @@ class Executables:
         sets = {bits: at for bits, at in used.items() if bits in latest}
         compiled = map(self._bits, history["compiled"])
         kept = [bits for bits in compiled if bits in sets or bits in self._tails]
+        self._shelf |= {b: s for b, s in self._steps.items() if b in self._called}
         self._seen, self._counts, self._sets = seen, collections.Counter(counts), sets
         self._steps = {
-            bits: self._steps.get(bits) or self._build(self._cover(bits))
+            bits: self._shelf.get(bits) or self._build(self._cover(bits))
             for bits in kept
         }
-        self._called &= set(kept)
+        self._called = set(kept) & set(self._shelf)
         self._chosen.clear()
 
     def _names(self, bits: int) -> tuple[str, ...]:

@@ -195,6 +195,10 @@ def test_a_history_replaces_what_was_there():
     assert executables.history() != history
     executables.restore(history)
     assert executables.history() == history
+    spent = executables.compile_seconds
+    for m in masks[:60]:
+        executables.run(m, "state")
+    assert executables.compile_seconds == spent  # all of it was compiled before
 
 
 def test_a_history_is_taken_over_within_the_cap():

@@ -127,8 +127,11 @@ class Course:
         }
 
 
+_NO_HISTORY = {"seen": 0, "counts": [], "sets": [], "compiled": []}
+
+
 class Runner:
-    """A method's train step, shared by its runs so that it compiles once."""
+    """A method's train step, shared by its runs so that it is traced once."""
 
     def __init__(
         self,
@@ -141,6 +144,8 @@ class Runner:
 
     def run(self, rho: float | None, seed: int) -> Row:
         """Train from a seed; return what is measured."""
+        # Each run costs what it would on its own, whichever ran before it.
+        self._step.restore_history(_NO_HISTORY)
         began, compiling = time.perf_counter(), self._step.compile_seconds
         state, batches = self._course.start(self._state, seed)
         if rho is not None:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 import fake_runs
+from lwsam_bench._errors import UserError
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.paper import outcome, setups
 from lwsam_bench.paper.outcome import judge, run_id
@@ -96,6 +97,19 @@ def test_failures_are_recorded_and_forgotten(tmp_path):
     assert judge(folder).status == judge(diverged).status == "pending"
     assert not (diverged / "metrics.jsonl").exists()  # it starts over
     assert judge(done).status == "done"
+
+
+def test_a_folder_that_cannot_be_gone_on_with_starts_over(tmp_path):
+    """Its checkpoint, say, cannot be read, and could not be the next time either."""
+    folder = tmp_path / "runs" / "some"
+    (folder / "checkpoints").mkdir(parents=True)
+    outcome.record_failure(folder, "damaged", UserError("damaged"))
+    assert outcome.forget_failures(tmp_path) == 1
+    assert not (folder / "checkpoints").exists()
+    (folder / "checkpoints").mkdir()
+    outcome.record_failure(folder, "no memory", RuntimeError("no memory"))
+    assert outcome.forget_failures(tmp_path) == 1
+    assert (folder / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"why": 1}'])

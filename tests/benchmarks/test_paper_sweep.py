@@ -265,6 +265,20 @@ def test_a_pool_runs_all_and_records_what_is_killed(tmp_path, monkeypatch):
     assert (tmp_path / "0" / "log.txt").read_text() == "hello 4\n"
 
 
+def test_a_run_that_was_killed_once_goes_on(tmp_path, monkeypatch):
+    code = (
+        "began = wanted['out'] + '/began'\n"
+        "if not os.path.exists(began):\n"
+        "    open(began, 'w').close()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "open(wanted['result'], 'w').write(json.dumps({'status': 'done'}))"
+    )
+    stand_in(monkeypatch, code)
+    with Stop() as stop:
+        ended = list(pool.Pool(2, stop).run(work_of(tmp_path, SEEDS)))
+    assert [result for _, result in ended] == [Result("done")] * 3
+
+
 def test_a_pool_passes_signals_on_and_starts_no_more(tmp_path, monkeypatch):
     code = (
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"

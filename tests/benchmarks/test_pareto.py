@@ -63,8 +63,9 @@ def test_each_run_is_a_row(finished):
         assert row["task"]["label_noise"] == 0.4
         assert row["origin"]["packages"]["jax"]
     assert [row["overhead"] for row in rows[:2]] == [0, 0]
-    # One train step serves all seeds and radii.
+    # One train step serves all seeds and radii, which still cost the same on their own.
     assert [row["compile_seconds"] for row in rows[1:2] + rows[3:]] == [0] * 6
+    assert rows[0]["executables"] == rows[1]["executables"] == 1
 
 
 def test_an_interrupted_command_runs_what_is_missing(finished, tmp_path):

@@ -8,6 +8,7 @@ import traceback
 from typing import Any
 
 from lwsam_bench import run_folder
+from lwsam_bench._errors import UserError
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import read_rows, Row, write_json
 
@@ -120,21 +121,33 @@ def record_failure(
     folder.mkdir(parents=True, exist_ok=True)
     lines = traceback.format_exception(error) if error else []
     tail = "".join(lines).splitlines()[-_TRACEBACK_LINES:]
-    write_json(folder / FAILURE, {"reason": reason, "traceback": tail})
+    # What is in the folder is to blame: it would fail again.
+    start_over = isinstance(error, UserError)
+    failure = {"reason": reason, "traceback": tail, "start_over": start_over}
+    write_json(folder / FAILURE, failure)
 
 
 def forget_failures(out: pathlib.Path) -> int:
     """Make all failed runs of an output folder pending again; return how many.
 
-    A run that diverged would do so again from its last checkpoint: it starts over.
+    A run that diverged would do so again from its last checkpoint, and one that could not
+    go on with what is in its folder still cannot: they start over.
     """
     count = 0
     for folder in sorted((out / RUNS).glob("*")):
         found = judge(folder)
         if found.status != FAILED:
             continue
-        if found.end is not None:
+        if found.end is not None or _must_start_over(folder):
             run_folder.start_over(folder)
         (folder / FAILURE).unlink(missing_ok=True)
         count += 1
     return count
+
+
+def _must_start_over(folder: pathlib.Path) -> bool:
+    try:
+        failure = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+        return bool(failure.get("start_over"))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -37,6 +37,7 @@ class Pool:
         self._jobs, self._stop = jobs, stop
         self._devices = visible_devices()
         self._under_way: dict[subprocess.Popen[bytes], tuple[Work, int]] = {}
+        self._killed: collections.Counter[str] = collections.Counter()  # by folder
 
     def run(self, todo: collections.deque[Work]) -> Iterator[tuple[Work, Result]]:
         """Yield each piece of work with its result; take more from `todo` meanwhile.
@@ -56,7 +57,11 @@ class Pool:
                 ended = [p for p in self._under_way if p.poll() is not None]
                 for process in ended:
                     work, place = self._under_way.pop(process)
-                    yield work, self._result(process, work, folder / str(place))
+                    result = self._result(process, work, folder / str(place))
+                    if result is None:
+                        todo.appendleft(work)
+                    else:
+                        yield work, result
                 if not ended:
                     time.sleep(_POLL)
 
@@ -83,8 +88,11 @@ class Pool:
 
     def _result(
         self, process: subprocess.Popen[bytes], work: Work, path: pathlib.Path
-    ) -> Result:
-        """Return what a process left, or record that it ended without leaving it."""
+    ) -> Result | None:
+        """Return what a process left, or record that it ended without leaving it.
+
+        None: it was killed for the first time, and may go on from its last checkpoint.
+        """
         try:
             return Result(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -95,6 +103,9 @@ class Pool:
         out = pathlib.Path(work[1].out)
         how = f"exit code {code}"
         if code < 0:
+            self._killed[work[1].out] += 1
+            if self._killed[work[1].out] == 1:
+                return None
             how = f"killed by signal {-code}"
             with contextlib.suppress(ValueError):
                 how += f" ({signal.Signals(-code).name})"
