@@ -81,17 +81,30 @@ def run(
     models = speed_report.by_model(rows)
     text = "\n".join(map(speed_report.table, models))
     figures = speed_report.figures(models[0]) if config.check and models else []
-    if figures:
-        text += "\n" + speed_report.figures_table(figures)
+    limits = "\n" + speed_report.figures_table(figures) if figures else ""
+    text += limits
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     write_text(folder / f"{name}-table.md", text)
     for some in models:
         speed_report.plot(folder / f"{name}-{some[0]['model']}.png", some)
     if docs is not None:
-        page = pathlib.Path(docs) / "cost.md"
-        write_text(page, replace_generated(page, name, text))
+        _render_page(pathlib.Path(docs), name, models, limits)
     console.print(f"rows, tables and charts are in {folder}/", soft_wrap=True)
     return 0 if all(figure.holds for figure in figures) else 1
+
+
+def _render_page(
+    docs: pathlib.Path, name: str, models: Sequence[Sequence[Row]], limits: str
+) -> None:
+    """Bring the documentation up to date, with a chart above each table."""
+    parts = []
+    for rows in models:
+        chart = f"images/{name}-{rows[0]['model']}.png"
+        speed_report.plot(docs / chart, rows)
+        parts.append(speed_report.table(rows, chart))
+    page = docs / "cost.md"
+    text = "\n".join(parts) + limits
+    write_text(page, replace_generated(page, name, text))
 
 
 def _measure_all(

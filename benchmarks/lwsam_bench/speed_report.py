@@ -16,8 +16,13 @@ from lwsam_bench.workloads import TITLES
 EXACT_SETS = 16  # the default of `lwsam.TrainStep`
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the Markdown of one workload's rows, with a heading and notes."""
+def table(rows: Sequence[Row], chart: str | None = None) -> str:
+    """Return the Markdown of one workload's rows, with a heading and notes.
+
+    Args:
+      rows: One for each method.
+      chart: Path of what `plot` drew, if it is to be shown.
+    """
     first = rows[0]
     header = [
         "method",
@@ -48,7 +53,10 @@ def table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    title = f"### {TITLES[first['model']]}, batch {first['batch_size']}"
+    name = TITLES[first["model"]]
+    title = f"### {name}, batch {first['batch_size']}"
+    if chart is not None:
+        title += f"\n\n![FLOPs and time of each method over SGD's, {name}]({chart})"
     return f"{title}\n\n{report.markdown(header, cells, _notes(rows))}"
 
 
