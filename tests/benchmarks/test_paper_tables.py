@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 import fake_runs
+from lwsam_bench.metrics import read_rows
 from lwsam_bench.paper import published, runs, setups, tables
 from lwsam_bench.paper.attempts import Result
 from lwsam_bench.paper.outcome import run_id
@@ -180,3 +181,18 @@ def test_everything_failed(tmp_path):
     fake_runs.write(tmp_path, config, diverged=True)
     made = tables.table3(Request("smoke", tmp_path, CONSOLE))
     assert made.tables[0].rows[0][1:4] == ("failed", "", "")
+
+
+def test_a_table_leaves_a_row_for_each_run(tmp_path):
+    for seed in range(2):
+        config = setups.config("cifar10", "lwsam", "small", seed)
+        fake_runs.write(tmp_path, config, diverged=seed == 1, overhead=0.4321)
+    tables.table1(Request("small", tmp_path, CONSOLE, seeds=2))
+    rows = list(read_rows(tmp_path / "table1.jsonl"))
+    assert [(row["what"], row["status"]) for row in rows] == [
+        ("lwsam", "done"),
+        ("lwsam", "failed"),
+    ]
+    assert rows[0]["config"]["seed"] == 0
+    assert rows[0]["end"]["overhead"] == pytest.approx(0.4321)
+    assert rows[0]["provenance"]

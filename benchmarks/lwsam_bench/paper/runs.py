@@ -6,6 +6,7 @@ from typing import Any
 
 from lwsam_bench import report
 from lwsam_bench.config import TrainConfig
+from lwsam_bench.metrics import Row
 from lwsam_bench.paper import setups
 from lwsam_bench.paper.outcome import DONE, FAILED, MISSING, Outcome
 from lwsam_bench.paper.request import Request
@@ -75,6 +76,26 @@ class Runs:
     def benchmarks(self) -> tuple[str, ...]:
         """Return the benchmarks, in order."""
         return tuple(dict.fromkeys(benchmark for benchmark, _ in self.outcomes))
+
+    def rows(self) -> list[Row]:
+        """Return a row for each run that was trained: what it is, and how it ended.
+
+        A run that stands in several places of a table has a row in each.
+        """
+        return [
+            {
+                "benchmark": benchmark,
+                "what": what,
+                "run": outcome.folder.name,
+                "status": outcome.status,
+                "reason": outcome.reason,
+                **outcome.record(),
+                "end": outcome.end,
+            }
+            for (benchmark, what), outcomes in self.outcomes.items()
+            for outcome in outcomes
+            if outcome.status in (DONE, FAILED)
+        ]
 
     def notes(self) -> tuple[str, ...]:
         """Return what a reader must know: data, what is missing, what failed, scale."""

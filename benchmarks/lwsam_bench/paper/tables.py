@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from lwsam_bench.config import TrainConfig
+from lwsam_bench.metrics import write_rows
 from lwsam_bench.paper import artefact, published, runs, setups, traced
 from lwsam_bench.paper.artefact import Artefact, Table
 from lwsam_bench.paper.outcome import Outcome
@@ -79,7 +80,7 @@ def table1(request: Request) -> Artefact:
         f" that keep every step within {1 + setups.BUDGET:g} steps of SGD.",
     )
     notes = (_OURS, _FLOPS, *extra, *_traced(found))
-    return _artefact("table1", found, tables, notes)
+    return _artefact("table1", request, found, tables, notes)
 
 
 def table3(request: Request) -> Artefact:
@@ -110,7 +111,7 @@ def table3(request: Request) -> Artefact:
         ]
         name = f"{runs.title(benchmark, scale)}, {setup.model}, k = {setup.k}"
         tables.append(_table(name, "criterion", rows))
-    return _artefact("table3", found, tables, (_OURS, _FLOPS))
+    return _artefact("table3", request, found, tables, (_OURS, _FLOPS))
 
 
 def table4(request: Request) -> Artefact:
@@ -153,7 +154,7 @@ def table4(request: Request) -> Artefact:
         " also perturbs biases and BatchNorm, which are no layers. Our images/s are in"
         " Table 2, for the k of Table 1 and for all layers; the others were not timed.",
     )
-    return _artefact("table4", found, tables, (_OURS, _FLOPS, *extra))
+    return _artefact("table4", request, found, tables, (_OURS, _FLOPS, *extra))
 
 
 def lm(request: Request) -> Artefact:
@@ -189,7 +190,7 @@ def lm(request: Request) -> Artefact:
         " nothing was tuned.",
     )
     notes = (_FLOPS, *extra, *_traced(found))
-    return _artefact("lm", found, [_table(name, "method", rows)], notes)
+    return _artefact("lm", request, found, [_table(name, "method", rows)], notes)
 
 
 def perplexity(outcome: Outcome) -> float:
@@ -231,8 +232,14 @@ def _table(
 
 
 def _artefact(
-    name: str, found: Runs, tables: Sequence[Table], notes: Sequence[str]
+    name: str,
+    request: Request,
+    found: Runs,
+    tables: Sequence[Table],
+    notes: Sequence[str],
 ) -> Artefact:
+    """Return what is shown; leave a row for each run in `<name>.jsonl`."""
+    write_rows(request.out / f"{name}.jsonl", found.rows())
     return Artefact(
         name=name,
         title=artefact.TITLES[name],
