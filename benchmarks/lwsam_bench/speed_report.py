@@ -72,7 +72,7 @@ def _notes(rows: Sequence[Row]) -> str:
     cores = f", {origin['cpu_count']} cores" if origin["platform"] == "cpu" else ""
     turns = "step by step" if first["burst"] == 1 else f"every {first['burst']} steps"
     return (
-        f"{first['data']}; {_steps(rows)} steps of real training,"
+        f"{first['data'].removesuffix('.')}; {_steps(rows)} steps of real training,"
         f" the methods taking turns {turns} in one process. FLOPs, time and memory are"
         " over SGD's: FLOPs the mean over the steps, by the cost model and by XLA's"
         " count for the executables that ran; time the median over blocks of 10 steps"
