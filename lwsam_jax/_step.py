@@ -14,16 +14,15 @@ import optax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from . import _checks, _cost, _selection
+from . import _checks, _cost, _selection, _step_checks
 from ._devices import Devices
 from ._executables import Executables
 from ._layers import Layers
 from ._method import LayerwiseSAM
 from ._one_step import OneStep, StepInfo, TrainState
 from ._selection import Cover
+from ._step_checks import WHO
 
-
-_WHO = "TrainStep"
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Any]]]
 
@@ -91,15 +90,15 @@ class TrainStep:
         selection_lag: int = 0,
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
-        _check_arguments(loss_fn, base_optimizer, method)
+        _step_checks.arguments(loss_fn, base_optimizer, method)
         remedy = "Pass how many executables may be added; 0: covers alone."
-        _checks.count(_WHO, "exact_sets", exact_sets, remedy)
+        _checks.count(WHO, "exact_sets", exact_sets, remedy)
         remedy = "Pass by how many steps the norms are late; 0 is Algorithm 1."
-        _checks.count(_WHO, "selection_lag", selection_lag, remedy)
+        _checks.count(WHO, "selection_lag", selection_lag, remedy)
         self._loss_fn = loss_fn
         self._optimizer = optax.with_extra_args_support(base_optimizer)
         self._method = method
-        self._devices = Devices(_WHO, parallel)
+        self._devices = Devices(WHO, parallel)
         self._exact_sets, self._lag = exact_sets, selection_lag
         self._executables: Executables | None = None
         self._one: Any = None  # the OneStep, once the layers are known
@@ -144,12 +143,12 @@ class TrainStep:
         """
         self._study(params, model_state, example_batch, key)
         state = self._one.init(params, model_state, key)
-        _selection.refuse_multi_steps(_WHO, state.opt_state)
+        _selection.refuse_multi_steps(WHO, state.opt_state)
         if _selection.find_states(state.opt_state):
             remedy = "Pass the bare base optimizer; TrainStep does the rest."
             got = "a layerwise_sam in it"
             raise ValueError(
-                _checks.message(_WHO, "base_optimizer", "without one", got, remedy)
+                _checks.message(WHO, "base_optimizer", "without one", got, remedy)
             )
         # Steps donate their state: the caller keeps its arrays, and a buffer that two
         # leaves share could not be donated twice.
@@ -222,8 +221,8 @@ class TrainStep:
         """
         if covers is not None:
             remedy = "Pass how many covers to compile beside the plain step."
-            _checks.count(f"{_WHO}.scan", "covers", covers, remedy)
-        first = jax.tree.map(_one_of_many, batches)
+            _checks.count(f"{WHO}.scan", "covers", covers, remedy)
+        first = jax.tree.map(_step_checks.one_of_many, batches)
         self._prepare(state, first)
         if covers is None:
             assert self.layers is not None
@@ -280,7 +279,7 @@ class TrainStep:
             expected = "a history of these layers"
             got = f"{type(error).__name__}: {error}"
             raise ValueError(
-                _checks.message(_WHO, "history", expected, got, remedy)
+                _checks.message(WHO, "history", expected, got, remedy)
             ) from error
         finally:
             self._history = None  # a later `init` begins another run
@@ -291,7 +290,7 @@ class TrainStep:
             remedy = "It jits itself, and chooses its executable by the state's mask."
             raise TypeError(
                 _checks.message(
-                    _WHO, "state", "concrete", "a tracer (under jit)", remedy
+                    WHO, "state", "concrete", "a tracer (under jit)", remedy
                 )
             )
         if self._executables is None:
@@ -301,7 +300,7 @@ class TrainStep:
         """Finds the layers and what they cost, from the shapes of one device's share."""
         args = (model_state, jax.tree.map(self._devices.share, batch), key)
         axes = self._devices.axis_sizes()
-        _check_loss(self._loss_fn, (params, *args), axes)
+        _step_checks.loss(self._loss_fn, (params, *args), axes)
         method = self._method
         layers = method.layers_of(params, self._loss_fn, *args, axis_env=axes)
         cost = _cost.step_cost(
@@ -334,7 +333,7 @@ class TrainStep:
             prices = cost.prices(method.normalize)
             cheapest = min(range(len(prices)), key=prices.__getitem__)
             warnings.warn(
-                f"{_WHO}: `max_overhead`={method.max_overhead} is below the price of any "
+                f"{WHO}: `max_overhead`={method.max_overhead} is below the price of any "
                 f"layer, so every step is plain. The cheapest, "
                 f"{layers.names[cheapest]}, costs {prices[cheapest]:.4f}.",
                 stacklevel=4,
@@ -344,72 +343,6 @@ class TrainStep:
         return self._devices.compile(
             lambda state, batch: self._one.run(selection, state, batch)
         )
-
-
-def _one_of_many(x: Any) -> jax.ShapeDtypeStruct:
-    """Returns what a step sees of an array that has an axis of steps in front."""
-    if not getattr(x, "ndim", 0):
-        remedy = "Stack the batches: every array, scalars too, has the steps first."
-        raise ValueError(
-            _checks.message(
-                f"{_WHO}.scan", "batches", "arrays with an axis of steps", x, remedy
-            )
-        )
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-
-
-def _check_arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:
-    remedy = "Pass loss_fn(params, model_state, batch, key)."
-    _checks.is_callable(_WHO, "loss_fn", loss_fn, remedy)
-    if not (hasattr(base_optimizer, "init") and hasattr(base_optimizer, "update")):
-        remedy = "Pass an Optax transformation such as optax.sgd(0.1)."
-        raise TypeError(
-            _checks.message(
-                _WHO, "base_optimizer", "a transformation", base_optimizer, remedy
-            )
-        )
-    if not isinstance(method, LayerwiseSAM):
-        remedy = "Pass lwsam.LayerwiseSAM(k=4, rho=..., alpha=...); k=0 is plain."
-        raise TypeError(
-            _checks.message(_WHO, "method", "a LayerwiseSAM", method, remedy)
-        )
-    if method.axis_name is not None:
-        remedy = "Leave it out: TrainStep names the axis after `parallel`."
-        raise ValueError(
-            _checks.message(_WHO, "method.axis_name", "None", method.axis_name, remedy)
-        )
-
-
-def _check_loss(loss_fn: LossFn, args: tuple[Any, ...], axes: Any) -> None:
-    """Raises unless the loss returns (loss, (model state as it came, metrics))."""
-    _, output = jax.make_jaxpr(loss_fn, axis_env=axes, return_shape=True)(*args)
-    is_pair = lambda x: isinstance(x, tuple) and len(x) == 2
-    if not (is_pair(output) and is_pair(output[1])):
-        remedy = "Return loss, (model_state, metrics); {} where there is nothing."
-        expected = "a function to (loss, (model_state, metrics))"
-        got = str(jax.tree.structure(output))
-        raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
-    value, (model_state, _) = output
-    if getattr(value, "shape", None) != ():
-        remedy = "Reduce the loss, for instance with jnp.mean."
-        expected, got = "a function to a scalar loss", f"one to {value}"
-        raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
-    given, returned = _kinds(args[1]), _kinds(model_state)
-    structures = jax.tree.structure(args[1]), jax.tree.structure(model_state)
-    if given != returned or structures[0] != structures[1]:
-        remedy = "Return the model state with the structure, shapes and dtypes it has."
-        expected = f"to return a model state of {given}"
-        got = f"one of {returned}"
-        raise TypeError(_checks.message(_WHO, "loss_fn", expected, got, remedy))
-
-
-def _kinds(tree: Any) -> str:
-    """Returns path, dtype and shape of every leaf, as text."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return ", ".join(
-        f"{jax.tree_util.keystr(path)}: {jnp.result_type(x)}{list(jnp.shape(x))}"
-        for path, x in leaves
-    )
 
 
 def _copy(x: Any) -> jax.Array:

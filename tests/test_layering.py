@@ -36,6 +36,7 @@ FLOORS = {
     "_gradient": 4,
     "_method": 4,
     "_budget": 5,
+    "_step_checks": 5,
     "_one_step": 6,
     "_transform": 6,
     "_step": 7,

@@ -1,0 +1,81 @@
+"""What `TrainStep` refuses, and how it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _checks
+from ._method import LayerwiseSAM
+
+
+WHO = "TrainStep"
+
+
+def one_of_many(x: Any) -> jax.ShapeDtypeStruct:
+    """Returns what a step sees of an array that has an axis of steps in front."""
+    if not getattr(x, "ndim", 0):
+        remedy = "Stack the batches: every array, scalars too, has the steps first."
+        raise ValueError(
+            _checks.message(
+                f"{WHO}.scan", "batches", "arrays with an axis of steps", x, remedy
+            )
+        )
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+def arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:
+    """Raises unless loss, optimizer and method are what they should be."""
+    remedy = "Pass loss_fn(params, model_state, batch, key)."
+    _checks.is_callable(WHO, "loss_fn", loss_fn, remedy)
+    if not (hasattr(base_optimizer, "init") and hasattr(base_optimizer, "update")):
+        remedy = "Pass an Optax transformation such as optax.sgd(0.1)."
+        raise TypeError(
+            _checks.message(
+                WHO, "base_optimizer", "a transformation", base_optimizer, remedy
+            )
+        )
+    if not isinstance(method, LayerwiseSAM):
+        remedy = "Pass lwsam.LayerwiseSAM(k=4, rho=..., alpha=...); k=0 is plain."
+        raise TypeError(
+            _checks.message(WHO, "method", "a LayerwiseSAM", method, remedy)
+        )
+    if method.axis_name is not None:
+        remedy = "Leave it out: TrainStep names the axis after `parallel`."
+        raise ValueError(
+            _checks.message(WHO, "method.axis_name", "None", method.axis_name, remedy)
+        )
+
+
+def loss(loss_fn: Any, args: tuple[Any, ...], axes: Any) -> None:
+    """Raises unless the loss returns (loss, (model state as it came, metrics))."""
+    _, output = jax.make_jaxpr(loss_fn, axis_env=axes, return_shape=True)(*args)
+    is_pair = lambda x: isinstance(x, tuple) and len(x) == 2
+    if not (is_pair(output) and is_pair(output[1])):
+        remedy = "Return loss, (model_state, metrics); {} where there is nothing."
+        expected = "a function to (loss, (model_state, metrics))"
+        got = str(jax.tree.structure(output))
+        raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
+    value, (model_state, _) = output
+    if getattr(value, "shape", None) != ():
+        remedy = "Reduce the loss, for instance with jnp.mean."
+        expected, got = "a function to a scalar loss", f"one to {value}"
+        raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
+    given, returned = _kinds(args[1]), _kinds(model_state)
+    structures = jax.tree.structure(args[1]), jax.tree.structure(model_state)
+    if given != returned or structures[0] != structures[1]:
+        remedy = "Return the model state with the structure, shapes and dtypes it has."
+        expected = f"to return a model state of {given}"
+        got = f"one of {returned}"
+        raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
+
+
+def _kinds(tree: Any) -> str:
+    """Returns path, dtype and shape of every leaf, as text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return ", ".join(
+        f"{jax.tree_util.keystr(path)}: {jnp.result_type(x)}{list(jnp.shape(x))}"
+        for path, x in leaves
+    )
