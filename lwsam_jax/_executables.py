@@ -10,7 +10,6 @@ depend on the choice.
 
 from __future__ import annotations
 
-import collections
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -70,13 +69,14 @@ class Executables:
         self._called: set[int] = set()  # of these, no longer to be compiled
         self._shelf: dict[int, Callable[..., Any]] = {}  # as these, not in use
         self._sets: dict[int, int] = {}  # chosen set -> step of its last use
-        self._counts: collections.Counter[int] = collections.Counter()
+        self._counts: dict[int, float] = {}
         self._seen = 0
-        self._chosen: dict[int, int] = {}
         self._tails = [
             sum(1 << i for i, at in enumerate(layers.depth) if at >= d)
             for d in range(len(layers) + 1)
         ]
+        self._order: list[int] = []
+        self._sort()
         self.compile_seconds = 0.0
         self.evictions = 0
 
@@ -90,10 +90,9 @@ class Executables:
 
         A step that raises leaves everything as it was.
         """
-        bits = sum(1 << i for i in np.flatnonzero(mask).tolist())
-        if bits not in self._chosen:
-            self._chosen[bits] = self._cheapest(bits)
-        choice = self._chosen[bits]
+        # Plain Python: NumPy's functions take longer to wake than this takes to run.
+        bits = sum(1 << i for i, on in enumerate(mask.tolist()) if on)
+        choice = self._cheapest(bits)
         if choice in self._called:
             result = self._steps[choice](*args)
         else:
@@ -112,7 +111,7 @@ class Executables:
         self._called.add(choice)
         if choice not in self._steps:
             self._steps[choice] = step
-            self._chosen.clear()
+            self._sort()
         return result
 
     def _remember(self, bits: int, choice: int) -> None:
@@ -120,10 +119,8 @@ class Executables:
         if choice in self._sets:
             self._sets[choice] = self._seen
         if not self._cap:
-            if len(self._chosen) > _REMEMBERED:
-                self._chosen.clear()
             return
-        self._counts[bits] += 1
+        self._counts[bits] = self._counts.get(bits, 0) + 1
         if _promotion.is_review(self._seen):
             self._review()
         elif len(self._counts) > 2 * _REMEMBERED:
@@ -132,23 +129,28 @@ class Executables:
     def _forget(self, memory: float) -> None:
         """Keeps the selections that count most, with a part of what they count."""
         kept = _promotion.heaviest(self._counts, _REMEMBERED)
-        self._counts = collections.Counter({b: self._counts[b] * memory for b in kept})
-        self._chosen.clear()
+        self._counts = {b: self._counts[b] * memory for b in kept}
+
+    def _sort(self) -> None:
+        """Puts what steps may run on into the order of preference.
+
+        The cheapest comes first, a cover that is still to be compiled as if it cost
+        more. Above the bound the cover of a selection is the only choice.
+        """
+        made = {*self._steps, *self._sets}
+        bound = math.inf if self._bound is None else 1 + self._bound
+
+        def rank(bits: int) -> tuple[Any, ...]:
+            price, is_new = self._price(bits), bits not in made
+            worth = self._worth_a_cover if is_new and price <= bound else 0.0
+            return price > bound, price + worth, is_new, bits
+
+        usable = {c for c in made if self._price(c) <= bound}
+        self._order = sorted({*usable, *self._tails}, key=rank)
 
     def _cheapest(self, bits: int) -> int:
-        """Returns a compiled executable or a chosen set, else the selection's cover."""
-        own = self._own_cover(bits)
-        if not bits:
-            return own
-        usable = [
-            c
-            for c in {*self._steps, *self._sets}
-            if not bits & ~c
-            and (self._bound is None or self._price(c) - 1 <= self._bound)
-        ]
-        best = min(usable, key=lambda c: (self._price(c), c), default=own)
-        saved = self._price(best) - self._price(own)
-        return own if own not in self._steps and saved > self._worth_a_cover else best
+        """Returns what to run: a compiled executable, a chosen set or a cover."""
+        return next(c for c in self._order if not bits & ~c) if bits else 0
 
     def _own_cover(self, bits: int) -> int:
         if not bits:
@@ -186,6 +188,7 @@ class Executables:
             for bits in now:
                 if not bits & ~best:
                     now[bits] = min(now[bits], self._price(best))
+        self._sort()
         self._forget(_MEMORY)
 
     def _make_room(self) -> bool:
@@ -228,13 +231,13 @@ class Executables:
         compiled = map(self._bits, history["compiled"])
         kept = [bits for bits in compiled if bits in sets or bits in self._tails]
         self._shelf |= {b: s for b, s in self._steps.items() if b in self._called}
-        self._seen, self._counts, self._sets = seen, collections.Counter(counts), sets
+        self._seen, self._counts, self._sets = seen, counts, sets
         self._steps = {
             bits: self._shelf.get(bits) or self._build(self._cover(bits))
             for bits in kept
         }
         self._called = set(kept) & set(self._shelf)
-        self._chosen.clear()
+        self._sort()
 
     def _names(self, bits: int) -> tuple[str, ...]:
         return self._cover(bits).names

@@ -18,7 +18,7 @@ import numpy as np
 
 
 # Reviews are this many steps apart up to that step; then there are two per doubling.
-_SPACING = 8
+_SPACING = 4
 _SETTLED = 192
 # Of a selection's weight, the part that its neighbours share, and the rarest neighbour.
 _NEIGHBOURS = 0.5
@@ -34,7 +34,7 @@ _UNIT = 1 << 18  # of weights and of prices: sums fit 64 bits for 10^7 steps
 def is_review(step: int) -> bool:
     """Returns whether sets are promoted after this many steps.
 
-    Every eighth step up to 192, when training moves fast and most executables are still
+    Every fourth step up to 192, when training moves fast and most executables are still
     to be compiled; then at 256, 384, 512, 768, ..., so that a compilation becomes rare.
     """
     spacing = _SPACING if step <= _SETTLED else 1 << (step.bit_length() - 2)

@@ -269,10 +269,8 @@ def _one_of_equals(who: str, masks: np.ndarray) -> np.ndarray:
 
 
 def read_mask(mask: Any) -> np.ndarray:
-    """Copies a mask to the host; of one that spans hosts the part that is here."""
-    if getattr(mask, "is_fully_addressable", True):
-        return np.asarray(mask)
-    return np.asarray(mask.addressable_data(0))
+    """Copies a mask to the host; of one that spans hosts the copy that is here."""
+    return np.asarray(mask)
 
 
 def depth_cover(layers: Layers, mask: np.ndarray) -> Cover:

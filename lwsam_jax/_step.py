@@ -45,7 +45,7 @@ class TrainStep:
       parallel: None for one device; "pmap" over the local devices; a
         `jax.sharding.Mesh` for data parallelism over all its axes.
       exact_sets: How many executables may stand beside the covers; 0: covers alone. They
-        are added after every 8th step up to 192, then after steps 256, 384, 512, 768,
+        are added after every 4th step up to 192, then after steps 256, 384, 512, 768,
         ...; one that has been idle for half of the run makes room, the least recently
         used first.
       selection_lag: 0: a step perturbs the layers that the norms of the step before
@@ -86,7 +86,7 @@ class TrainStep:
         method: LayerwiseSAM,
         parallel: str | Mesh | None = None,
         *,
-        exact_sets: int = 16,
+        exact_sets: int = 24,
         selection_lag: int = 0,
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
@@ -104,8 +104,10 @@ class TrainStep:
         self._one: Any = None  # the OneStep, once the layers are known
         self._scans: dict[int, Callable[..., Any]] = {}
         self._history: dict[str, Any] | None = None
+        # The masks of the state returned last, as copies that earlier steps made: they
+        # can be read without waiting for the last one.
         self._due: collections.deque[Any] = collections.deque()
-        self._latest: tuple[Any, ...] = ()
+        self._latest: Any = None
         self.axis_name = self._devices.axis_name
         self.layers: Layers | None = None
         self.cost: _cost.StepCost | None = None
@@ -172,9 +174,9 @@ class TrainStep:
         self._prepare(state, batch)
         assert self._executables is not None
         batch = self._devices.place(batch)
-        queue = (state.method_state.mask, *state.method_state.pending)
-        if not self._is_latest(queue):
-            # Read now: the step to come donates them.
+        if state.method_state is not self._latest:
+            # Of another run, or from a checkpoint. Read now: the step donates them.
+            queue = (state.method_state.mask, *state.method_state.pending)
             self._due = collections.deque(map(_selection.read_mask, queue))
         mask = _selection.read_mask(self._due[0])
         if self._method.is_plain:
@@ -183,18 +185,8 @@ class TrainStep:
         # Only now: a step that raises, for its batch say, leaves the queue as it was.
         self._due.popleft()
         self._due.append(decided)
-        self._latest = (state.method_state.mask, *state.method_state.pending)
+        self._latest = state.method_state
         return state, info
-
-    def _is_latest(self, queue: tuple[Any, ...]) -> bool:
-        """Whether the masks are those of the state returned last, not of another run.
-
-        Then copies of them, made by earlier steps, can be read without waiting for the
-        last one.
-        """
-        if len(queue) != len(self._latest):
-            return False
-        return all(a is b for a, b in zip(queue, self._latest, strict=True))
 
     def scan(
         self, state: TrainState, batches: Any, covers: int | None = None

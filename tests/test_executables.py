@@ -179,7 +179,6 @@ def test_what_is_remembered_is_bounded():
             executables.run(np.isin(np.arange(30), draw.sample(range(30), 4)))
         most = 0 if not exact_sets else 1024
         assert len(executables.history()["counts"]) <= most
-        assert len(executables._chosen) <= 1024
 
 
 def test_a_history_replaces_what_was_there():

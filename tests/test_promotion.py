@@ -90,5 +90,5 @@ def test_weights_do_not_depend_on_the_order_of_the_selections():
 
 def test_reviews_become_rare():
     reviews = [step for step in range(1, 2000) if _promotion.is_review(step)]
-    assert reviews[:24] == list(range(8, 193, 8))
-    assert reviews[24:] == [256, 384, 512, 768, 1024, 1536]
+    assert reviews[:48] == list(range(4, 193, 4))
+    assert reviews[48:] == [256, 384, 512, 768, 1024, 1536]
