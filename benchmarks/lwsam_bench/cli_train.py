@@ -20,6 +20,7 @@ from lwsam_bench.config import (
 )
 
 
+_BUDGETS = ("max_overhead", "mean_overhead")
 # Options that say nothing about a method.
 _WITHOUT_MEANING: Mapping[str, tuple[str, ...]] = {
     "sgd": (
@@ -30,11 +31,11 @@ _WITHOUT_MEANING: Mapping[str, tuple[str, ...]] = {
         "criterion",
         "every",
         "reuse",
-        "max_overhead",
+        *_BUDGETS,
     ),
-    "sam": ("k", "criterion", "reuse", "max_overhead"),
-    "gsam": ("k", "criterion", "reuse", "max_overhead"),
-    "looksam": ("k", "criterion", "max_overhead", "alpha", "normalize"),
+    "sam": ("k", "criterion", "reuse", *_BUDGETS),
+    "gsam": ("k", "criterion", "reuse", *_BUDGETS),
+    "looksam": ("k", "criterion", *_BUDGETS, "alpha", "normalize"),
     "lwsam": ("reuse",),
 }
 # The learning rate of AdamW, and of a new head on a network that is trained already.
@@ -102,6 +103,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         type=parse.non_negative,
         help="most that a step of lwsam may cost over a plain one: 0.1 for 1.1 times",
     )
+    add(
+        "--mean-overhead",
+        type=parse.non_negative,
+        help="the same for the mean step: what one step leaves, a later one may spend",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +155,8 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
     method = METHOD_DEFAULTS[arguments.method]
     model = model_names.parse(arguments.model or dataset.model)
     _refuse(arguments, _WITHOUT_MEANING[arguments.method], "method", arguments.method)
+    if arguments.criterion == "all":
+        _refuse(arguments, ("k",), "criterion", "all")
     if model.reads_text:
         _refuse(arguments, ("augment", "image_size"), "model", model.name)
     if model.family != "vit":
@@ -163,7 +171,7 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
         dataset=name,
         model=model.name,
         method=arguments.method,
-        k=_or(arguments.k, method.k),
+        k=0 if arguments.criterion == "all" else _or(arguments.k, method.k),
         rho=_or(arguments.rho, method.rho),
         alpha=_or(arguments.alpha, method.alpha),
         normalize=_or(arguments.normalize, method.normalize),
@@ -180,6 +188,7 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
         every=_or(arguments.every, method.every),
         reuse=_or(arguments.reuse, method.reuse),
         max_overhead=arguments.max_overhead,
+        mean_overhead=arguments.mean_overhead,
         optimizer=arguments.optimizer,
         train_images=arguments.train_images,
         test_images=arguments.test_images,

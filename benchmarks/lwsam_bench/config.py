@@ -21,7 +21,7 @@ DATASETS = (
 )
 METHODS = ("sgd", "sam", "gsam", "looksam", "lwsam")
 NORMALIZE = ("none", "selected", "full")
-CRITERIA = ("high", "low", "random")
+CRITERIA = ("high", "low", "random", "all")
 OPTIMIZERS = ("sgd", "adamw")
 
 # The paper decays at epochs 100 and 130 of 150.
@@ -98,11 +98,12 @@ class TrainConfig:
       normalize: One of `NORMALIZE`.
       steps: Length of the run; exactly one of steps and epochs is given.
       epochs: Length of the run.
-      criterion: Which layers `lwsam` takes: of the largest norms, of the smallest, or
-        drawn at random.
+      criterion: Which layers `lwsam` takes: of the largest norms, of the smallest, drawn
+        at random, or all of them.
       every: Period of the ascent in steps, for every method that has one.
       reuse: Weight of the stored direction in the steps of `looksam` between two ascents.
       max_overhead: As of `lwsam.LayerwiseSAM`.
+      mean_overhead: As of `lwsam.LayerwiseSAM`.
       optimizer: One of `OPTIMIZERS`; `adamw` decouples the weight decay from the loss.
       train_images: Only so many training images, the first of a fixed random order; None
         takes all. Of a text, characters.
@@ -134,6 +135,7 @@ class TrainConfig:
     every: int = 1
     reuse: float = 0.0
     max_overhead: float | None = None
+    mean_overhead: float | None = None
     optimizer: str = "sgd"
     train_images: int | None = None
     test_images: int | None = None

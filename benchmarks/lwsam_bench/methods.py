@@ -21,6 +21,7 @@ def configure(config: TrainConfig) -> lwsam.LayerwiseSAM:
         criterion=config.criterion,
         reuse=config.reuse,
         max_overhead=config.max_overhead,
+        mean_overhead=config.mean_overhead,
     )
 
 
@@ -36,6 +37,7 @@ def make_method(
     criterion: str = "high",
     reuse: float = 0.0,
     max_overhead: float | None = None,
+    mean_overhead: float | None = None,
 ) -> lwsam.LayerwiseSAM:
     """Return the library's configuration of a method.
 
@@ -54,6 +56,7 @@ def make_method(
       criterion: One of `config.CRITERIA`.
       reuse: Weight of the direction that `looksam` keeps for the other steps.
       max_overhead: Bound on the price of a step of `lwsam`.
+      mean_overhead: Bound on the price of its mean step.
     """
     common = dict(rho=rho, alpha=alpha, normalize=normalize, seed=seed, when=when)
     everything = dict(select=lwsam.everything(), rule=lwsam.leaves)
@@ -66,7 +69,10 @@ def make_method(
             return lwsam.LayerwiseSAM(**everything, **common, reuse=reuse)
         case "lwsam":
             return lwsam.LayerwiseSAM(
-                **_selection(criterion, k), **common, max_overhead=max_overhead
+                **_selection(criterion, k),
+                **common,
+                max_overhead=max_overhead,
+                mean_overhead=mean_overhead,
             )
     raise ValueError(f"`make_method`: unknown method {method!r}")
 
@@ -79,4 +85,6 @@ def _selection(criterion: str, k: int) -> dict[str, Any]:
             return {"select": lwsam.bottom_k(k)}
         case "random":
             return {"select": lwsam.random_k(k)}
+        case "all":
+            return {"select": lwsam.everything()}
     raise ValueError(f"`make_method`: unknown criterion {criterion!r}")

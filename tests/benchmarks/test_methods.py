@@ -9,6 +9,7 @@ import pytest
 
 import lwsam_jax as lwsam
 from lwsam_bench import methods
+from lwsam_bench._errors import UserError
 from lwsam_bench.cli import _parser
 from lwsam_bench.cli_train import train_config
 from lwsam_bench.training import make_optimizer, make_schedule, weight_decay_in_loss
@@ -87,6 +88,11 @@ def test_periods_and_budgets():
     assert [chosen(method, step) for step in range(4)] == ["z", "", "", "z"]
     assert method.max_overhead == 0.1
     assert configure("lwsam").when is None
+    method = configure("lwsam", "--criterion", "all", "--mean-overhead", 0.5)
+    assert method.mean_overhead == 0.5
+    assert chosen(method) == "wxyz"
+    with pytest.raises(UserError, match="--k has no meaning for --criterion all"):
+        configure("lwsam", "--criterion", "all", "--k", 2)
 
 
 def make_any_optimizer(wanted):

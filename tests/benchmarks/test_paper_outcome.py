@@ -19,6 +19,8 @@ def test_the_name_of_a_run_is_readable_and_stable():
     assert run_id(CONFIG) == "cifar10-resnet8w8-lwsam-k4-s1-ae6ec9b4"
     low = dataclasses.replace(CONFIG, criterion="low", max_overhead=0.1)
     assert run_id(low).startswith("cifar10-resnet8w8-lwsam-k4-low-max0.1-s1-")
+    every = dataclasses.replace(CONFIG, criterion="all", k=0, mean_overhead=0.5)
+    assert run_id(every).startswith("cifar10-resnet8w8-lwsam-all-mean0.5-s1-")
     assert run_id(dataclasses.replace(CONFIG, dataset="/a/b/own.npz")).startswith(
         "own-"
     )
@@ -29,7 +31,7 @@ def test_configurations_that_differ_have_folders_that_differ():
     every = [
         setups.config(benchmark, method, scale, seed)
         for benchmark in (*setups.BENCHMARKS, "lm")
-        for method in setups.METHODS
+        for method in setups.LABELS
         for scale in setups.SCALES
         for seed in range(3)
     ]

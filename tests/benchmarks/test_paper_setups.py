@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import lwsam_jax as lwsam
-from lwsam_bench import cli_paper, models
+from lwsam_bench import cli_paper, methods, models
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import DATASETS
 from lwsam_bench.paper import setups, traced
@@ -101,6 +101,25 @@ def test_notes_tell_what_a_scale_changes():
     assert len(paper) == 1
     assert "instead of" not in paper[0]
     assert setups.notes(("lm",), "paper") == ()
+
+
+def test_methods_beyond_the_paper_set_their_price():
+    """The rule that docs/cost.md recommends, and the k largest within a bound."""
+    made = methods.configure(setups.config("cifar10", setups.RECOMMENDED, "paper", 0))
+    assert made.select is lwsam.everything()
+    assert (made.mean_overhead, made.max_overhead) == (0.5, None)
+    assert (made.rho, made.alpha, made.normalize) == (0.1, 1.0, "selected")
+    made = methods.configure(setups.config("cifar10", setups.BUDGETED, "paper", 0))
+    assert (made.k, made.max_overhead, made.mean_overhead) == (4, 0.1, None)
+    setup = setups.setup("cifar10", "paper")
+    assert [setups.label(x, setup) for x in setups.LABELS] == [
+        "SGD",
+        "generalised SAM",
+        "LookSAM (3)",
+        "layer-wise SAM (4)",
+        "layer-wise SAM within 1.1 × (4)",
+        "layer-wise SAM, mean of 1.5 ×",
+    ]
 
 
 def test_unknown_names():

@@ -45,7 +45,7 @@ def rows_of(out):
 def test_all_methods_run_in_one_race(raced):
     row = rows_of(raced[1])[-1]
     assert row["benchmark"] == "flowers"
-    assert list(row["methods"]) == [*setups.METHODS, setups.BUDGETED]
+    assert list(row["methods"]) == list(setups.LABELS)
     flops = {name: found["flops"] for name, found in row["methods"].items()}
     assert flops["sgd"] == 1.0
     assert flops["gsam"] == pytest.approx(2.0, abs=0.2)
@@ -83,7 +83,7 @@ def test_table_has_ours_beside_the_published(raced):
 def test_what_did_not_run_is_told(raced):
     artefact, out = raced
     ten, hundred = artefact.tables[:2]
-    assert [cells[1] for cells in ten.rows] == ["failed"] * 5
+    assert [cells[1] for cells in ten.rows] == ["failed"] * len(setups.LABELS)
     assert "k" in ten.notes[0]
     assert all(cells[1:5] == ("",) * 4 for cells in hundred.rows)
     assert hundred.rows[0][5] == "229.1"
@@ -108,9 +108,37 @@ def test_a_race_that_ended_is_not_run_again(raced, monkeypatch):
 
 
 def test_a_race_of_another_setup_is_no_race(raced, monkeypatch):
+    assert throughput.finished(raced[1], "flowers", "smoke")
     monkeypatch.setitem(throughput.STEPS, "smoke", STEPS + 1)
-    path = raced[1] / "throughput.jsonl"
-    assert throughput._finished(path, "flowers", "smoke") is None
+    assert throughput.finished(raced[1], "flowers", "smoke") is None
+
+
+def test_a_race_without_one_of_the_methods_is_no_race(raced, monkeypatch):
+    more = {**setups.LABELS, "sam": "SAM"}
+    monkeypatch.setattr(setups, "LABELS", more)
+    assert throughput.finished(raced[1], "flowers", "smoke") is None
+
+
+def test_table_4_finds_each_of_its_k_in_the_race(raced):
+    """Smoke has but those of Table 1."""
+    assert set(throughput.configs("cifar10", "smoke")) == set(setups.LABELS)
+    wanted = throughput.configs("cifar10", "paper")
+    assert {x: wanted[x].k for x in wanted if x not in setups.LABELS} == {
+        "lwsam, k = 1": 1,
+        "lwsam, k = 2": 2,
+        "lwsam, k = 8": 8,
+    }
+    setup = setups.setup("flowers", "smoke")
+    lanes = [throughput.lane_of(setup, k) for k in (1, 2, 8, 10, "all")]
+    assert lanes == ["lwsam, k = 1", "lwsam", "lwsam, k = 8", "gsam", "gsam"]
+    row = throughput.finished(raced[1], "flowers", "smoke")
+    assert (
+        throughput_report.speed(row, "lwsam")
+        == throughput_report._ours(row, "lwsam")[0]
+    )
+    assert throughput_report.speed(row, "lwsam, k = 8") == ""
+    assert throughput_report.speed(None, "sgd") == ""
+    assert throughput_report.speed({"failed": "of memory"}, "sgd") == ""
 
 
 def test_time_is_unknown_where_every_step_compiled():

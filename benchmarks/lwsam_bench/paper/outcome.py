@@ -70,11 +70,13 @@ def run_id(config: TrainConfig) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     parts = [pathlib.PurePath(config.dataset).stem, config.model, config.method]
     if config.method == "lwsam":
-        parts.append(f"k{config.k}")
+        parts += [] if config.criterion == "all" else [f"k{config.k}"]
         if config.criterion != "high":
             parts.append(config.criterion)
         if config.max_overhead is not None:
             parts.append(f"max{config.max_overhead:g}")
+        if config.mean_overhead is not None:
+            parts.append(f"mean{config.mean_overhead:g}")
     if config.optimizer != "sgd":
         parts.append(config.optimizer)
     return "-".join([*parts, f"s{config.seed}", digest])

@@ -9,14 +9,21 @@ from typing import Any
 
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import write_rows
-from lwsam_bench.paper import artefact, published, runs, setups, traced
+from lwsam_bench.paper import (
+    artefact,
+    published,
+    runs,
+    setups,
+    throughput,
+    throughput_report,
+    traced,
+)
 from lwsam_bench.paper.artefact import Artefact, Table
 from lwsam_bench.paper.outcome import Outcome
 from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.runs import Runs
 
 
-BUDGETED = "budgeted"
 CRITERIA: Mapping[str, str] = {
     "none": "None (SGD)",
     "high": "High-Norm",
@@ -39,47 +46,38 @@ _OURS = (
     "Ours is the accuracy on the test images after the last step, mean ± standard error"
     " over the seeds; the published one is mean ± spread over at least three runs."
 )
+_OURS_OF = ("ours", "FLOPs", "seeds")  # the columns of `_measured`
 _FLOPS = "FLOPs are those of the mean training step over those of a step of SGD."
 
 
 def table1(request: Request) -> Artefact:
     """Return Table 1: accuracy of the methods on the four benchmarks."""
     scale = request.scale
-    labels = {**setups.METHODS, BUDGETED: setups.BUDGETED}
 
     def make(benchmark: str, what: str, seed: int) -> TrainConfig:
-        if what == BUDGETED:
-            return setups.config(
-                benchmark, "lwsam", scale, seed, max_overhead=setups.BUDGET
-            )
         return setups.config(benchmark, what, scale, seed)
 
     found = runs.train(
         make,
         setups.BENCHMARKS,
-        labels,
+        setups.LABELS,
         request,
     )
     tables = []
     for benchmark in setups.BENCHMARKS:
         setup = setups.setup(benchmark, scale)
-        numbers = {"looksam": setup.every, "lwsam": setup.k, BUDGETED: setup.k}
         rows = [
             (
-                f"{label} ({numbers[what]})" if what in numbers else label,
+                setups.label(what, setup),
                 *_measured(found, benchmark, what),
                 _published(published.ACCURACY.get((benchmark, what))),
             )
-            for what, label in labels.items()
+            for what in setups.LABELS
         ]
         name = f"{runs.title(benchmark, scale)}, {setup.model}"
         tables.append(_table(name, "method", rows))
-    extra = (
-        "In brackets: LookSAM's interval, and the k of layer-wise SAM. The last method is"
-        " not in the paper: the k layers are those of the largest norms among the layers"
-        f" that keep every step within {1 + setups.BUDGET:g} steps of SGD.",
-    )
-    notes = (_OURS, _FLOPS, *extra, *_traced(found))
+    extra = "In brackets: LookSAM's interval, and the k of layer-wise SAM."
+    notes = (_OURS, _FLOPS, extra, setups.BEYOND, *_traced(found))
     return _artefact("table1", request, found, tables, notes)
 
 
@@ -118,11 +116,8 @@ def table4(request: Request) -> Artefact:
     """Return Table 4: accuracy and cost by the number of layers."""
     scale = request.scale
 
-    def is_all(benchmark: str, k: int | str) -> bool:
-        return isinstance(k, str) or k >= setups.setup(benchmark, scale).layers
-
     def make(benchmark: str, k: Any, seed: int) -> TrainConfig:
-        if is_all(benchmark, k):
+        if throughput.lane_of(setups.setup(benchmark, scale), k) == "gsam":
             return setups.config(benchmark, "gsam", scale, seed)
         return setups.config(benchmark, "lwsam", scale, seed, k=k)
 
@@ -135,24 +130,31 @@ def table4(request: Request) -> Artefact:
     tables = []
     for benchmark in BENCHMARKS:
         setup = setups.setup(benchmark, scale)
+        race = throughput.finished(request.out, benchmark, scale)
+        lanes = {k: throughput.lane_of(setup, k) for k in published.KS}
         rows = []
-        for k in published.KS:
+        for k, lane in lanes.items():
             mean, spread, speed = published.BY_K[benchmark, k]
-            accuracy = published.accuracy(mean, spread)
-            measured = _measured(found, benchmark, k)
-            rows.append((str(k), *measured, accuracy, f"{speed:.1f}"))
-        beyond = [f"{k}" for k in published.KS if k != "all" and is_all(benchmark, k)]
+            rows.append(
+                (
+                    str(k),
+                    *_measured(found, benchmark, k),
+                    throughput_report.speed(race, lane),
+                    published.accuracy(mean, spread),
+                    f"{speed:.1f}",
+                )
+            )
+        beyond = [f"{k}" for k, x in lanes.items() if k != "all" and x == "gsam"]
         note = (
             f"{setup.model} has {setup.layers} layers: k = {', '.join(beyond)} is all."
         )
         name = f"{runs.title(benchmark, scale)}, {setup.model}"
-        tables.append(
-            _table(name, "k", rows, ("published, images/s",), (note,) if beyond else ())
-        )
+        header = ("k", *_OURS_OF, "images/s", "published", "published, images/s")
+        tables.append(Table(name, header, tuple(rows), (note,) if beyond else ()))
     extra = (
         "All is generalised SAM, as in the paper, which gives both the same numbers; it"
-        " also perturbs biases and BatchNorm, which are no layers. Our images/s are in"
-        " Table 2, for the k of Table 1 and for all layers; the others were not timed.",
+        " also perturbs biases and BatchNorm, which are no layers. Our images/s are of"
+        " the race of Table 2, if that has been run in this folder.",
     )
     return _artefact("table4", request, found, tables, (_OURS, _FLOPS, *extra))
 
@@ -224,11 +226,8 @@ def _table(
     title: str,
     first: str,
     rows: Sequence[tuple[str, ...]],
-    more: tuple[str, ...] = (),
-    notes: tuple[str, ...] = (),
 ) -> Table:
-    header = (first, "ours", "FLOPs", "seeds", "published", *more)
-    return Table(title, header, tuple(rows), notes)
+    return Table(title, (first, *_OURS_OF, "published"), tuple(rows))
 
 
 def _artefact(

@@ -18,7 +18,7 @@ from lwsam_bench import methods, tasks
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
-from lwsam_bench.paper import runs, setups, throughput_report
+from lwsam_bench.paper import published, runs, setups, throughput_report
 from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.request import Request
 from lwsam_bench.progress import reading
@@ -50,7 +50,7 @@ def table2(request: Request) -> Artefact:
     missing: list[str] = []
     with row_lock(path), MetricsFile(path, keep_until=0) as file:
         for benchmark in setups.BENCHMARKS:
-            row = _finished(path, benchmark, scale)
+            row = finished(request.out, benchmark, scale)
             if row is None:
                 try:
                     row = _row(benchmark, scale, request.data_dir, console)
@@ -68,12 +68,29 @@ def table2(request: Request) -> Artefact:
 
 
 def configs(benchmark: str, scale: str) -> dict[str, TrainConfig]:
-    """Return the configurations of a race, by what is in the table; SGD is the first."""
-    found = {
-        method: setups.config(benchmark, method, scale, 0) for method in setups.METHODS
+    """Return the configurations of a race, by what is in the tables; SGD is the first.
+
+    Besides the methods of Table 2 these are the k of Table 4 that are not among them;
+    smoke leaves them out, for most of its time is compiling.
+    """
+    setup = setups.setup(benchmark, scale)
+    ks = [k for name, k in published.BY_K if name == benchmark and scale != "smoke"]
+    lanes = {lane_of(setup, k): k for k in ks}
+    return {
+        **{what: setups.config(benchmark, what, scale, 0) for what in setups.LABELS},
+        **{
+            lane: setups.config(benchmark, "lwsam", scale, 0, k=k)
+            for lane, k in lanes.items()
+            if lane not in setups.LABELS
+        },
     }
-    budgeted = setups.config(benchmark, "lwsam", scale, 0, max_overhead=setups.BUDGET)
-    return {**found, setups.BUDGETED: budgeted}
+
+
+def lane_of(setup: setups.Setup, k: int | str) -> str:
+    """Return what the race of a benchmark calls the layer-wise SAM of some k."""
+    if isinstance(k, str) or k >= setup.layers:
+        return "gsam"
+    return "lwsam" if k == setup.k else f"lwsam, k = {k}"
 
 
 def _identity(benchmark: str, scale: str) -> Row:
@@ -86,12 +103,12 @@ def _identity(benchmark: str, scale: str) -> Row:
     }
 
 
-def _finished(path: pathlib.Path, benchmark: str, scale: str) -> Row | None:
-    """Return the row of a race that ended, if there is one."""
-    wanted = _identity(benchmark, scale)
-    for row in read_rows(path):
+def finished(out: pathlib.Path, benchmark: str, scale: str) -> Row | None:
+    """Return the row of a race that ended, if there is one in an output folder."""
+    wanted, lanes = _identity(benchmark, scale), configs(benchmark, scale)
+    for row in read_rows(out / _FILE):
         same = all(row.get(name) == value for name, value in wanted.items())
-        if same and "failed" not in row:
+        if same and "failed" not in row and lanes.keys() <= row["methods"].keys():
             return row
     return None
 

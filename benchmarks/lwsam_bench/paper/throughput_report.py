@@ -26,7 +26,8 @@ _NOTES = (
     "Ours is the median over blocks of steps, without warm-up and without steps that"
     " compiled; batches are made before the clock starts. FLOPs are the mean over all"
     " steps over those of SGD, by the cost model. In brackets: LookSAM's interval, and"
-    " the k of layer-wise SAM. The last method is not in the paper.",
+    " the k of layer-wise SAM.",
+    setups.BEYOND,
 )
 
 
@@ -62,14 +63,18 @@ def render(found: Mapping[str, Row], missing: Sequence[str], scale: str) -> Arte
 
 def _table(benchmark: str, scale: str, row: Row | None) -> Table:
     setup = setups.setup(benchmark, scale)
-    numbers = {"looksam": setup.every, "lwsam": setup.k, setups.BUDGETED: setup.k}
-    cells = []
-    for method in (*setups.METHODS, setups.BUDGETED):
-        title = setups.METHODS.get(method, method)
-        number = f" ({numbers[method]})" if method in numbers else ""
-        cells.append((title + number, *_ours(row, method), *_theirs(benchmark, method)))
+    cells = [
+        (setups.label(method, setup), *_ours(row, method), *_theirs(benchmark, method))
+        for method in setups.LABELS
+    ]
     name = f"{runs.title(benchmark, scale)}, {setup.model}, batch {setup.batch_size}"
     return Table(name, _HEADER, tuple(cells), _how(row))
+
+
+def speed(row: Row | None, method: str) -> str:
+    """Return the images a second of a method as a cell; empty if it was not raced."""
+    is_there = row is not None and method in row.get("methods", ())
+    return _ours(row, method)[0] if is_there else ""
 
 
 def _ours(row: Row | None, method: str) -> tuple[str, str, str, str]:
