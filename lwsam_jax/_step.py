@@ -174,18 +174,19 @@ class TrainStep:
         self._prepare(state, batch)
         assert self._executables is not None
         batch = self._devices.place(batch)
+        due = self._due
         if state.method_state is not self._latest:
             # Of another run, or from a checkpoint. Read now: the step donates them.
             queue = (state.method_state.mask, *state.method_state.pending)
-            self._due = collections.deque(map(_selection.read_mask, queue))
-        mask = _selection.read_mask(self._due[0])
+            due = collections.deque(map(_selection.read_mask, queue))
+        mask = _selection.read_mask(due[0])
         if self._method.is_plain:
             mask = np.zeros_like(mask)
         state, info, decided = self._executables.run(mask, state, batch)
         # Only now: a step that raises, for its batch say, leaves the queue as it was.
-        self._due.popleft()
-        self._due.append(decided)
-        self._latest = state.method_state
+        due.popleft()
+        due.append(decided)
+        self._due, self._latest = due, state.method_state
         return state, info
 
     def scan(

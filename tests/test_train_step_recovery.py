@@ -28,8 +28,10 @@ def test_a_batch_that_is_refused_costs_nothing(lag):
     for i, batch in enumerate(BATCHES):
         expected, want = whole(expected, batch)
         if i in (1, 3):
-            with pytest.raises(KeyError, match="y"):
-                broken(state, {"x": batch["x"]})
+            other = state.method_state._replace(mask=~state.method_state.mask)
+            for tried in (state, state._replace(method_state=other)):
+                with pytest.raises(KeyError, match="y"):
+                    broken(tried, {"x": batch["x"]})
         state, info = broken(state, batch)
         np.testing.assert_array_equal(info.mask, want.mask)
     for a, b in zip(
