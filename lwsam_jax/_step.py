@@ -179,9 +179,10 @@ class TrainStep:
             # Of another run, or from a checkpoint. Read now: the step donates them.
             queue = (state.method_state.mask, *state.method_state.pending)
             due = collections.deque(map(_selection.read_mask, queue))
-        mask = _selection.read_mask(due[0])
-        if self._method.is_plain:
-            mask = np.zeros_like(mask)
+        if self._method.is_plain:  # nothing to wait for
+            mask = np.zeros(due[0].shape, bool)
+        else:
+            mask = _selection.read_mask(due[0])
         state, info, decided = self._executables.run(mask, state, batch)
         # Only now: a step that raises, for its batch say, leaves the queue as it was.
         due.popleft()
