@@ -11,6 +11,7 @@ from lwsam_bench.config import (
     DATASET_DEFAULTS,
     DATASETS,
     FILE_DEFAULTS,
+    LOG_EVERY,
     METHOD_DEFAULTS,
     METHODS,
     NORMALIZE,
@@ -129,7 +130,7 @@ def _train(arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
     options = RunOptions(
         out=arguments.out,
         data_dir=arguments.data_dir,
-        log_every=arguments.log_every or (1 if config.steps else 50),
+        log_every=arguments.log_every or (1 if config.steps else LOG_EVERY),
         checkpoint_every=arguments.checkpoint_every,
         resume=arguments.resume,
     )

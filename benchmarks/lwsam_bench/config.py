@@ -24,6 +24,10 @@ NORMALIZE = ("none", "selected", "full")
 CRITERIA = ("high", "low", "random", "all")
 OPTIMIZERS = ("sgd", "adamw")
 
+# Steps between the rows of a long run: a multiple of no period of ascents, or a method
+# that ascends now and then would be seen only in its ascents, or never.
+LOG_EVERY = 49
+
 # The paper decays at epochs 100 and 130 of 150.
 DECAY_AT = (100 / 150, 130 / 150)
 

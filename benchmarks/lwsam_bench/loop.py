@@ -171,8 +171,8 @@ class _Run:
                 f" from here",
                 soft_wrap=True,
             )
-            return 128 + stop.signal
-        return 0
+        # Also after the last step: who sent it wants no other run to begin.
+        return 128 + stop.signal if stop.signal else 0
 
     def _steps(
         self, metrics: MetricsFile, board: Board, stop: Stop, progress: TrainProgress

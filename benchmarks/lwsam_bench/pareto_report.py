@@ -132,8 +132,8 @@ def winner(summaries: Sequence[Summary], price: float) -> str:
     rival = max(rivals, key=lambda s: s.mean)
     camp = "SAM or SGD" if ours else "layer-wise SAM"
     difference, error = _difference(best, rival)
-    verdict = (
-        "" if difference > 2 * error else ", which is within twice its standard error"
+    verdict = (  # none of a single seed
+        ", which is within twice its standard error" if difference <= 2 * error else ""
     )
     spread = "" if math.isnan(error) else f" ± {100 * error:.1f}"
     return (

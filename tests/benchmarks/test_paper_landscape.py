@@ -170,6 +170,19 @@ def test_another_extent_is_another_landscape(tmp_path, trained, monkeypatch):
     assert any("2 x 2 from 0 to 1" in note for note in artefact.notes)
 
 
+def test_a_run_that_was_trained_again_is_another_landscape(
+    tmp_path, trained, monkeypatch
+):
+    ends = [{"loss": 0.1, "seconds": 3.25}, {"loss": 0.1, "seconds": 3.5}]
+    for end in (*ends, ends[1]):
+        monkeypatch.setattr(Outcome, "end", end)
+        run("figure2", tmp_path)
+        (path,) = (tmp_path / "landscape").glob("*.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert rows[0]["end"] == end
+        assert [row["kind"] for row in rows].count("grid") == 9
+
+
 def test_a_run_that_failed_is_told(tmp_path, trained):
     trained.add("lwsam")
     artefact = run("figure6", tmp_path)

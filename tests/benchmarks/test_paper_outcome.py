@@ -65,6 +65,10 @@ def test_judging(tmp_path):
     assert diverged.status == "failed"
     assert diverged.reason.startswith("diverged")
 
+    other = dataclasses.replace(CONFIG, seed=4)
+    huge = judge(fake_runs.write(tmp_path, other, loss=1e5))
+    assert (huge.status, huge.reason) == ("failed", "diverged: its loss is 1e+05")
+
     other = dataclasses.replace(CONFIG, seed=3)
     assert judge(fake_runs.write(tmp_path, other, ended=False)).status == "pending"
 

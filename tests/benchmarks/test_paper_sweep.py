@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -18,7 +19,7 @@ from rich.console import Console
 import fake_runs
 import tiny_task
 from lwsam_bench._errors import UserError
-from lwsam_bench.config import RunOptions, TrainConfig
+from lwsam_bench.config import LOG_EVERY, RunOptions, TrainConfig
 from lwsam_bench.metrics import read_rows
 from lwsam_bench.paper import attempts, pool
 from lwsam_bench.paper.attempts import Result
@@ -122,8 +123,10 @@ def test_long_runs_leave_fewer_rows(tmp_path):
     assert (options.log_every, options.data_dir) == (1, "data")
     assert options.checkpoint_every == 3  # of eight steps
     long = dataclasses.replace(CONFIG, steps=None, epochs=150)
-    assert made._options(long).log_every == 50
+    assert made._options(long).log_every == LOG_EVERY
     assert made._options(long).checkpoint_every is None
+    # Methods that ascend in every second, third or fifth step are seen in all phases.
+    assert all(math.gcd(LOG_EVERY, period) == 1 for period in (2, 3, 5, 10))
 
 
 @pytest.fixture
@@ -213,6 +216,7 @@ def test_stopped_and_resumed(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr("lwsam_bench.tasks.make", tiny_task.make)
     found = broken.ensure([config])[config]
     assert found.status == "done"
+    assert broken.ensure([config])[config].status == "done"
     expected = without_seconds(unbroken.folder(config))
     assert without_seconds(found.folder) == expected
     assert [row["step"] for row in found.rows("train")] == list(range(1, 9))
@@ -220,6 +224,25 @@ def test_stopped_and_resumed(tmp_path, monkeypatch, tiny):
     assert sum(end["perturbed"].values()) == sum(
         len(row["perturbed"]) for row in found.rows("train")
     )
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path, monkeypatch, tiny):
+    def stops(*arguments):
+        task = tiny_task.make(*arguments)
+
+        def evaluate(*state):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return task.evaluate(*state)
+
+        return dataclasses.replace(task, evaluate=evaluate)
+
+    monkeypatch.setattr("lwsam_bench.tasks.make", stops)
+    made, _ = sweep(tmp_path)
+    short = [dataclasses.replace(c, steps=1) for c in SEEDS]
+    with pytest.raises(Stopped):
+        made.ensure(short)
+    found = [judge(made.folder(config)).status for config in short]
+    assert found == ["done", "pending", "pending"]
 
 
 # Processes side by side: what they run is replaced by a few lines of Python.
@@ -342,6 +365,22 @@ def test_side_by_side(tmp_path, monkeypatch):
     assert found[SEEDS[0]].status == "done"
     assert found[absent].status == found[also].status == "missing data"
     assert "2 runs, 2 at a time" in printed.getvalue()
+
+
+def test_a_run_that_another_process_begins_is_tried_again(tmp_path, monkeypatch):
+    code = (
+        "seen = wanted['out'] + '/seen'\n"
+        "status = 'done' if os.path.exists(seen) else 'locked'\n"
+        "open(seen, 'w').close()\n"
+        "open(wanted['result'], 'w').write(json.dumps({'status': status}))"
+    )
+    stand_in(monkeypatch, code)
+    made, printed = sweep(tmp_path, jobs=2)
+    made.ensure(SEEDS)
+    assert "3 of 3 runs" in printed.getvalue()
+    other = [dataclasses.replace(c, steps=9) for c in SEEDS]
+    with pytest.raises(UserError):
+        sweep(tmp_path, jobs=2, patience=0.0)[0].ensure(other)
 
 
 @pytest.mark.slow

@@ -219,3 +219,12 @@ def test_the_winner_is_named_whoever_it_is():
 def test_a_lead_within_the_noise_is_called_that():
     close = summary("close", "layer-wise", 1.0, 0.74, 0.70)
     assert "within twice its standard error" in pareto_report.winner([SGD, close], 1.1)
+
+
+def test_a_single_seed_has_no_standard_error():
+    one, other = (
+        summary("one", "SGD", 1.0, 0.7),
+        summary("ours", "layer-wise", 1.0, 0.6),
+    )
+    text = pareto_report.winner([one, other], 1.1)
+    assert text.endswith(": 10.0 points less.")

@@ -24,7 +24,7 @@ from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
 from lwsam_bench.paper import landscape_report, setups
 from lwsam_bench.paper.artefact import Artefact
 from lwsam_bench.paper.landscape_grid import choose_layers, Images, Layer, norm, Plane
-from lwsam_bench.paper.outcome import DONE, run_id
+from lwsam_bench.paper.outcome import DONE, Outcome, run_id
 from lwsam_bench.paper.request import Request
 from lwsam_bench.paper.sweep import Sweep
 from lwsam_bench.progress import reading
@@ -82,7 +82,7 @@ def _figure(name: str, methods: tuple[str, ...], request: Request) -> Artefact:
     for method, config in configs.items():
         outcome = outcomes[config]
         if outcome.status == DONE:
-            found[method] = scanner.measure(config, outcome.folder)
+            found[method] = scanner.measure(config, outcome)
         else:
             troubles.append(
                 f"{setups.METHODS[method]}: {outcome.status}, {outcome.reason}"
@@ -114,30 +114,32 @@ class Scanner:
         self._images: Images | None = None
         self._planes: dict[str, Plane] = {}
 
-    def measure(self, config: TrainConfig, run: pathlib.Path) -> list[Row]:
+    def measure(self, config: TrainConfig, outcome: Outcome) -> list[Row]:
         """Return the rows of a network, after measuring those that are missing.
 
         Args:
           config: Of the run that trained it.
-          run: The folder of that.
+          outcome: Of that run.
         """
         path = self._folder / f"{run_id(config)}.jsonl"
         with row_lock(path):
-            return self._measure(config, run, path)
+            return self._measure(config, outcome, path)
 
     def _measure(
-        self, config: TrainConfig, run: pathlib.Path, path: pathlib.Path
+        self, config: TrainConfig, outcome: Outcome, path: pathlib.Path
     ) -> list[Row]:
         extent = {"images": self._extent.images, "steps": list(self._extent.steps)}
         rows = list(read_rows(path))
-        if not rows or rows[0].get("extent") != extent:
+        # A run that was trained again is another network: its times tell.
+        same_run = rows and rows[0].get("end", outcome.end) == outcome.end
+        if not same_run or rows[0].get("extent") != extent:
             rows = []
         known = {(row["layer"], row["alpha"]) for row in rows if row["kind"] == "grid"}
         count = len(rows[0]["layers"]) * len(self._extent.steps) if rows else None
         if len(known) == count:
             return rows
         with MetricsFile(path, keep_until=0 if rows else None) as file:
-            for row in self._missing(config, run, extent, known, not rows):
+            for row in self._missing(config, outcome, extent, known, not rows):
                 file.write(row)
                 rows.append(row)
         return rows
@@ -145,18 +147,20 @@ class Scanner:
     def _missing(
         self,
         config: TrainConfig,
-        run: pathlib.Path,
+        outcome: Outcome,
         extent: Row,
         known: Collection[tuple[str, int]],
         first: bool,
     ) -> Iterator[Row]:
         """Yield a head if it is the first row, and what is not known yet."""
         task, images = self._read(config)
+        run = outcome.folder
         state = loop.final_state(run, config, task)
         layers = choose_layers(task, LAYERS)
         yield {
             "kind": "landscape" if first else "continued",
             "run": run.name,
+            "end": outcome.end,
             "extent": extent,
             "images": images.count,
             "note": task.note,

@@ -19,6 +19,7 @@ RUNS = "runs"
 
 _TAIL = 64 * 1024  # bytes, more than any row
 _TRACEBACK_LINES = 20
+_MOST_LOSS = 700.0  # a perplexity, its exponential, is still a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,8 @@ def judge(folder: pathlib.Path) -> Outcome:
     # JSON has no name for what is not finite: such a loss is null.
     if end["diverged"] or end["loss"] is None:
         return Outcome(folder, FAILED, "diverged: a loss or a gradient is not finite")
+    if end["loss"] > _MOST_LOSS:
+        return Outcome(folder, FAILED, f"diverged: its loss is {end['loss']:.3g}")
     return Outcome(folder, DONE)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lwsam_bench import run_folder
 from lwsam_bench._errors import UserError
-from lwsam_bench.config import RunOptions, TrainConfig
+from lwsam_bench.config import LOG_EVERY, RunOptions, TrainConfig
 from lwsam_bench.metrics import output_folder
 from lwsam_bench.paper.attempts import attempt, LOCKED, Result, STOPPED
 from lwsam_bench.paper.outcome import (
@@ -124,8 +124,15 @@ class Sweep:
         for config in todo:
             self._wait(config)
         work = collections.deque((c, self._options(c)) for c in todo)
+        until: dict[TrainConfig, float] = {}  # when to lose patience
         with Stop() as stop:
             for (config, _), result in Pool(self._jobs, stop).run(work):
+                now = time.monotonic()
+                if result.status == LOCKED and now < until.setdefault(
+                    config, now + self._patience
+                ):
+                    work.append((config, self._options(config)))
+                    continue  # another process has begun it: see what becomes of it
                 count += 1
                 if result.status == STOPPED:
                     stopped = result.code
@@ -145,7 +152,7 @@ class Sweep:
         return RunOptions(
             out=str(self.folder(config)),
             data_dir=self._data_dir,
-            log_every=50 if _is_long(config) else 1,
+            log_every=LOG_EVERY if _is_long(config) else 1,
             # A checkpoint takes longer than many steps of the smallest runs.
             checkpoint_every=3 if _is_tiny(config) else None,
         )

@@ -99,16 +99,19 @@ def _identity(benchmark: str, scale: str) -> Row:
         "kind": "throughput",
         "benchmark": benchmark,
         "steps": STEPS[scale],
-        "setup": dataclasses.asdict(setups.setup(benchmark, scale)),
+        "configs": {
+            lane: {**dataclasses.asdict(config), "decay_at": list(config.decay_at)}
+            for lane, config in configs(benchmark, scale).items()
+        },
     }
 
 
 def finished(out: pathlib.Path, benchmark: str, scale: str) -> Row | None:
     """Return the row of a race that ended, if there is one in an output folder."""
-    wanted, lanes = _identity(benchmark, scale), configs(benchmark, scale)
+    wanted = _identity(benchmark, scale)
     for row in read_rows(out / _FILE):
         same = all(row.get(name) == value for name, value in wanted.items())
-        if same and "failed" not in row and lanes.keys() <= row["methods"].keys():
+        if same and "failed" not in row:
             return row
     return None
 
@@ -196,9 +199,11 @@ def measure(
 
 
 def _measured(lane: Lane, base: Lane, workload: Workload) -> Row:
-    took = timing(lane, base, _BLOCK)
+    took, sgd = timing(lane, base, _BLOCK), timing(base, base, _BLOCK)
     return {
-        "images_per_second": workload.items / took.seconds,
+        # Of SGD in the same blocks: what a lane's own seconds say depends on when the
+        # machine was busy.
+        "images_per_second": workload.items / sgd.seconds / took.ratio,
         "time": took.ratio,
         "time_quartiles": took.quartiles,
         "seconds": took.seconds,

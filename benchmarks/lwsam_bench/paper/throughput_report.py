@@ -68,7 +68,7 @@ def _table(benchmark: str, scale: str, row: Row | None) -> Table:
         for method in setups.LABELS
     ]
     name = f"{runs.title(benchmark, scale)}, {setup.model}, batch {setup.batch_size}"
-    return Table(name, _HEADER, tuple(cells), _how(row))
+    return Table(name, _HEADER, tuple(cells), how(row))
 
 
 def speed(row: Row | None, method: str) -> str:
@@ -104,7 +104,7 @@ def _theirs(benchmark: str, method: str) -> tuple[str, str]:
     return f"{speed:g}", f"{speed / published.THROUGHPUT[benchmark, 'sgd']:.0%}"
 
 
-def _how(row: Row | None) -> tuple[str, ...]:
+def how(row: Row | None) -> tuple[str, ...]:
     """Return where and how a race was run, and on which data."""
     if row is None:
         return ()
