@@ -1,8 +1,10 @@
 """The demo leaves a table, rows and plots; a table says what the rows say."""
 
+import collections
 import dataclasses
 import math
 import pathlib
+import statistics
 
 import pytest
 
@@ -91,11 +93,20 @@ def test_the_rows_of_the_tuning_are_there(rows):
     results = pathlib.Path(demo.__file__).parents[1] / "results" / "demo-radius.jsonl"
     if not results.exists():
         pytest.skip("installed without the results")
-    origins, tried = set(), set()
+    origins, tried = set(), collections.defaultdict(list)
     for row in rows(results):
         if row["kind"] == "origin":
             origins |= {*row["config"]["seeds"]}
         else:
-            tried.add((row["method"], row["k"], row["every"], row["rho"]))
+            kind = (row["method"], row["k"], row["every"])
+            tried[kind, row["rho"]] += row["test_accuracy"]
     assert not origins & {*demo.DemoConfig().seeds}
-    assert tried >= {(*method.kind, method.rho) for method in demo.METHODS}
+    for method in demo.METHODS:
+        means = {
+            rho: statistics.mean(accuracy)
+            for (kind, rho), accuracy in tried.items()
+            if kind == method.kind
+        }
+        # One rule for all: the smallest within two points of the best.
+        near = [rho for rho, x in means.items() if x >= max(means.values()) - 0.02]
+        assert method.rho == min(near), method.label
