@@ -25,8 +25,7 @@ from ._selection import Cover
 # A set must save this much of a plain gradient in the average step to be worth compiling,
 _WORTH_A_SET = 0.0075
 # and a cover this much in the step at hand.
-_WORTH_A_COVER = 0.05
-_PER_REVIEW = 2
+_WORTH_A_COVER = 0.08
 # What a selection counts for after each review, so that the sets follow the training,
 _MEMORY = 0.7
 # and how many are remembered at most; twice as many between two reviews.
@@ -178,7 +177,7 @@ class Executables:
             )
             for bits in weights
         }
-        for _ in range(_PER_REVIEW):
+        for _ in range(_promotion.sets_of(self._seen)):
             saving, best = _promotion.best_set(
                 weights, now, self._tails, self._price, frozenset(self._sets)
             )

@@ -23,10 +23,13 @@ _SETTLED = 192
 # Of a selection's weight, the part that its neighbours share, and the rarest neighbour.
 _NEIGHBOURS = 0.5
 _RAREST = 0.01
-# What a review looks at, the heaviest: selections with their neighbours, all, covers.
+# What a review looks at, the heaviest: selections with their neighbours, so many of these
+# together, all, and covers; of the last two fewer in networks of more layers than this.
 _SPREAD = 256
+_PAIRS = 1 << 15
 _SELECTIONS = 1024
 _COVERS = 24
+_LAYERS = 32
 
 _UNIT = 1 << 18  # of weights and of prices: sums fit 64 bits for 10^7 steps
 
@@ -39,6 +42,15 @@ def is_review(step: int) -> bool:
     """
     spacing = _SPACING if step <= _SETTLED else 1 << (step.bit_length() - 2)
     return step >= _SPACING and step % spacing == 0
+
+
+def sets_of(step: int) -> int:
+    """Returns how many sets the review after this step may add.
+
+    Two while most executables are still to be compiled, then one: each of them makes a
+    step wait.
+    """
+    return 2 if step <= _SETTLED else 1
 
 
 def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
@@ -60,6 +72,7 @@ def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
     ]
     steps = math.fsum(counts.values())
     weights: dict[int, int] = {}
+    places = max(1, min(_SPREAD, len(counts)))
 
     def add(bits: int, weight: float) -> None:
         weights[bits] = weights.get(bits, 0) + round(weight * _UNIT)
@@ -70,6 +83,9 @@ def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
         outside = [i for i in range(layers) if not bits >> i & 1]
         total = math.fsum(often[i] for i in outside)
         kept = [i for i in outside if often[i] > _RAREST * total]
+        if len(inside) * len(kept) * places > _PAIRS:
+            kept.sort(key=lambda i: (-often[i], i))
+            del kept[_PAIRS // (len(inside) * places) :]
         if not (inside and kept) or place >= _SPREAD:
             add(bits, n)
             continue
@@ -81,7 +97,14 @@ def expected(counts: Mapping[int, float], layers: int) -> dict[int, int]:
         for old in inside:
             for new, part in into.items():
                 add(bits & ~(1 << old) | 1 << new, each * part)
-    return {bits: weights[bits] for bits in heaviest(weights, _SELECTIONS)}
+    return {
+        bits: weights[bits] for bits in heaviest(weights, _few(_SELECTIONS, layers))
+    }
+
+
+def _few(count: int, layers: int) -> int:
+    """Returns a count that keeps the time of a review in bounds, at least 4."""
+    return count if layers <= _LAYERS else max(4, count * _LAYERS // layers)
 
 
 def heaviest(weights: Mapping[int, float], count: int) -> list[int]:
@@ -118,7 +141,7 @@ def best_set(
     weight = np.array([weights[m] for m in masks], np.int64)
     cost = np.array([round(now[m] * _UNIT) for m in masks], np.int64)
     best = (0, 0)
-    for cover in _heaviest_covers(weights, covers):
+    for cover in _heaviest_covers(weights, covers)[: _few(_COVERS, layers)]:
         path = _drop_layers(cover, covers, selected, weight, cost, price)
         for saving, bits in path:
             if saving and bits not in taken and (saving, bits) > best:
@@ -134,7 +157,7 @@ def _heaviest_covers(weights: Mapping[int, int], covers: Sequence[int]) -> list[
         if bits:
             own = next(cover for cover in owns if not bits & ~cover)
             worth[own] = worth.get(own, 0) + weight
-    return sorted(worth, key=lambda cover: (-worth[cover], cover))[:_COVERS]
+    return sorted(worth, key=lambda cover: (-worth[cover], cover))
 
 
 def _drop_layers(
@@ -158,23 +181,17 @@ def _drop_layers(
     used = [i for i in inner if selected[:, i].any()]
     bits = edge | sum(1 << i for i in used)
     now = whole - sum(part[i] for i in inner if i not in used)
-    found = [(_saving(weight, cost, now), bits)]
+    found = [(int(np.sum(weight * np.maximum(cost - now, 0))), bits)]
     while used:
-        without = [~selected[:, i] for i in used]
-        savings = [
-            _saving(weight[rest], cost[rest], now - part[i])
-            for i, rest in zip(used, without, strict=True)
-        ]
-        place = max(range(len(used)), key=savings.__getitem__)
+        # Without each layer in turn: a column for each, of what still fits.
+        prices = np.array([now - part[i] for i in used], np.int64)
+        fits = ~selected[:, used]
+        savings = weight @ (np.maximum(cost[:, None] - prices, 0) * fits)
+        place = int(np.argmax(savings))
         if not savings[place]:
             break
-        layer = used.pop(place)
-        held = without[place]
+        layer, held = used.pop(place), fits[:, place]
         selected, weight, cost = selected[held], weight[held], cost[held]
         bits, now = bits & ~(1 << layer), now - part[layer]
-        found.append((savings[place], bits))
+        found.append((int(savings[place]), bits))
     return found
-
-
-def _saving(weight: np.ndarray, cost: np.ndarray, price: int) -> int:
-    return int(np.sum(weight * np.maximum(cost - price, 0)))

@@ -269,8 +269,10 @@ def _one_of_equals(who: str, masks: np.ndarray) -> np.ndarray:
 
 
 def read_mask(mask: Any) -> np.ndarray:
-    """Copies a mask to the host; of one that spans hosts the copy that is here."""
-    return np.asarray(mask)
+    """Copies a mask to the host; of one that spans hosts the part that is here."""
+    if getattr(mask, "is_fully_addressable", True) or mask.is_fully_replicated:
+        return np.asarray(mask)
+    return np.asarray(mask.addressable_data(0))  # of a state with a device axis
 
 
 def depth_cover(layers: Layers, mask: np.ndarray) -> Cover:

@@ -182,7 +182,7 @@ class TrainStep:
         if self._method.is_plain:  # nothing to wait for
             mask = np.zeros(due[0].shape, bool)
         else:
-            mask = _selection.read_mask(due[0])
+            mask = np.asarray(due[0])  # a copy on each device, whatever hosts they have
         state, info, decided = self._executables.run(mask, state, batch)
         # Only now: a step that raises, for its batch say, leaves the queue as it was.
         due.popleft()

@@ -42,11 +42,13 @@ class Racer(abc.ABC):
       label: Its name in the table.
       ratios: FLOPs of each step over a plain gradient, by the cost model.
       compile_seconds: Spent in calls that had to compile.
+      executables: The most that it held at one time.
     """
 
     label: str
     ratios: list[float]
     compile_seconds: float
+    executables: int
 
     @abc.abstractmethod
     def start(self, workload: Workload) -> None:
@@ -90,6 +92,7 @@ class PlainRacer(Racer):
         params, model_state = _copy((workload.params, workload.model_state))
         self._state = (params, model_state, init(params))
         self.ratios, self.compile_seconds, self._done = [], 0.0, 0
+        self.executables = 1
 
     def step(self, batch: Any) -> Any:
         """Run a step."""
@@ -130,7 +133,7 @@ class TrainStepRacer(Racer):
         self._state = self.train_step.init(params, model_state, batch, key=key)
         self._covers: dict[lwsam.Cover, None] = {}
         self._unread: list[Any] = []
-        self.ratios = []
+        self.ratios, self.executables = [], 0
 
     @property
     def compile_seconds(self) -> float:
@@ -147,7 +150,9 @@ class TrainStepRacer(Racer):
         """Read what the steps cost; remember executables that may be evicted."""
         self.ratios += [1.0 + float(x) for x in self._unread]
         self._unread = []
-        self._covers.update(dict.fromkeys(self.train_step.executables))
+        held = self.train_step.executables
+        self._covers.update(dict.fromkeys(held))
+        self.executables = max(self.executables, len(held))
 
     def programs(self, batch: Any) -> Iterable[Program]:
         """Yield those that ran, evicted ones too."""

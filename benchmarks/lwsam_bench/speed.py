@@ -200,7 +200,7 @@ def _row(
         "items_per_second": workload.items / timing(first, first).seconds / took.ratio,
         "unit": workload.unit,
         "memory": max(program["memory"] for program in programs),
-        "executables": len(programs),
+        "executables": racer.executables,
         "compile_seconds": racer.compile_seconds,
         "waits": took.waits,
         "programs": programs,

@@ -33,6 +33,7 @@ def table(rows: Sequence[Row], chart: str | None = None) -> str:
         f"{first['unit']}/s",
         "memory",
         "executables",
+        "compiled",
         "compiling, s",
         "waited",
         "host, µs",
@@ -47,6 +48,7 @@ def table(rows: Sequence[Row], chart: str | None = None) -> str:
             f"{row['items_per_second']:,.0f}",
             f"{row['memory']:.2f}",
             str(row["executables"]),
+            str(len(row["programs"])),
             f"{row['compile_seconds']:.0f}",
             f"{row['waits']:.1%}",
             "–" if row["host_us"] is None else f"{row['host_us']:.0f}",
@@ -78,7 +80,8 @@ def _notes(rows: Sequence[Row]) -> str:
         " count for the executables that ran; time the median over blocks of 10 steps"
         " without warm-up and steps that compiled;"
         f" {first['unit']}/s are SGD's over the time; memory the most of any executable"
-        " (arguments, results and temporaries). Waited: share of the second half's"
+        " (arguments, results and temporaries). Executables: the most held at one time;"
+        " compiled: all that ran. Waited: share of the second half's"
         " steps that waited for a compiler. Host: median time of a step's call beyond"
         " that of its executable: reading the mask, choosing the executable."
         f" JAX {origin['packages']['jax']}, {origin['device']}{cores}."
