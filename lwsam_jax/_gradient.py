@@ -164,8 +164,9 @@ def value_and_passes(
             raise TypeError(
                 _checks.message(who, "mask", "None for a tuple", "a mask", remedy)
             )
+        check_mask(who, mask, known)
         params = _varying(params, axis_name)
-        loss = lambda p: loss_fn(p, *args)
+        loss = _local(lambda p: loss_fn(p, *args), params, axis_name)
         if not chosen or (_checks.is_number(rho) and rho == 0):
             return _plain(loss, params, known, axis_name), Passes()
         return _penalized(
@@ -182,6 +183,19 @@ def value_and_passes(
         )
 
     return penalized
+
+
+def check_mask(who: str, mask: Any, layers: Layers) -> None:
+    """Raises unless a mask has one bool for each layer: an index too large is clamped."""
+    if mask is None:
+        return
+    dtype, shape = getattr(mask, "dtype", type(mask).__name__), jnp.shape(mask)
+    if dtype != jnp.bool_ or shape != (len(layers),):
+        remedy = "Take the mask of a state that was made for these parameters."
+        expected = f"bool[{len(layers)}], one for each layer"
+        raise ValueError(
+            _checks.message(who, "mask", expected, f"{dtype}{list(shape)}", remedy)
+        )
 
 
 def _plain(
@@ -336,6 +350,24 @@ def _varying(tree: Any, axis_name: Any) -> Any:
         return jax.lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
     return jax.tree.map(cast, tree)
+
+
+def _local(
+    loss: Callable[[Any], Any], params: Any, axis_name: Any
+) -> Callable[[Any], Any]:
+    """Casts the value of a loss that averages itself to device-varying, too.
+
+    Else, with `check_vma`, the devices would share one cotangent, and the mean over them
+    would be too small by their number. Without it values carry no such type.
+    """
+    if axis_name is None or not any(map(_varying_axes, jax.tree.leaves(params))):
+        return loss
+
+    def local(p):
+        value, aux = loss(p)
+        return _varying(value, axis_name), aux
+
+    return local
 
 
 def _varying_axes(x: Any) -> frozenset[Any]:

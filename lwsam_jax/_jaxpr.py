@@ -215,13 +215,24 @@ def as_function(jaxpr: core.Jaxpr) -> Callable[..., list[jax.Array]]:
 
 
 def dependents(
-    eqns: Iterable[core.JaxprEqn], sources: Iterable[core.Var]
+    eqns: Iterable[core.JaxprEqn],
+    sources: Iterable[core.Var],
+    differentiably: bool = False,
 ) -> set[core.Var]:
-    """Returns every variable that depends on one of `sources`, these included."""
+    """Returns every variable that depends on one of `sources`, these included.
+
+    Args:
+      eqns: In execution order.
+      sources: Where to begin.
+      differentiably: Leave out what no derivative reaches: behind a `stop_gradient`, or
+        by way of integers alone.
+    """
     found = set(sources)
     for eqn in eqns:
+        if differentiably and eqn.primitive.name == "stop_gradient":
+            continue
         if any(is_var(atom) and atom in found for atom in eqn.invars):
-            found.update(eqn.outvars)
+            found.update(v for v in eqn.outvars if is_inexact(v) or not differentiably)
     return found
 
 

@@ -44,7 +44,9 @@ class LayerwiseSAM:
 
     Attributes:
       k: Number of layers of the largest gradient norm; exactly one of k and select.
-      select: A selector `(norms f32[L], key) -> bool[L]`.
+      select: A selector `(norms f32[L], key) -> bool[L]`. There the norm of a layer that
+        may not be chosen, for a budget or because it is not finite, is -inf: a mean of
+        the others is `jnp.mean(norms, where=jnp.isfinite(norms))`.
       rho: Perturbation radius (the paper's r), >= 0; a float or a schedule of the step
         count.
       alpha: Mixing weight of Eq. 6, >= 0; a float or a schedule. 1 is SAM, above it WSAM.

@@ -100,7 +100,7 @@ def cut(traced: _jaxpr.Traced, selected: Sequence[int]) -> Cut:
     # Only through these does the value depend on parameters that are not selected. The
     # batch must not be among them (its gradient is work for nothing), nor what feeds
     # other outputs alone, such as statistics of a BatchNorm.
-    from_rest = _jaxpr.dependents(before, rest)
+    from_rest = _jaxpr.dependents(before, rest, differentiably=True)
     to_value = _jaxpr.ancestors(after, traced.outvars[:1])
     carries = lambda v: v in from_rest and v in to_value and _jaxpr.is_inexact(v)
     residuals = [v for v in crossing if carries(v)]
@@ -143,13 +143,19 @@ def _divide(
     effects_follow = False
     for eqn in eqns:
         depends = any(_jaxpr.is_var(atom) and atom in reached for atom in eqn.invars)
-        if depends or (effects_follow and eqn.effects):
-            effects_follow = effects_follow or bool(eqn.effects)
+        is_effectful = any(map(_is_ordered, eqn.effects))
+        if depends or (effects_follow and is_effectful):
+            effects_follow = effects_follow or is_effectful
             reached.update(eqn.outvars)
             after.append(eqn)
         else:
             before.append(eqn)
     return before, after
+
+
+def _is_ordered(effect: Any) -> bool:
+    """Whether an effect does something; collectives have one that names their axis."""
+    return type(effect).__name__ != "NamedAxisEffect"
 
 
 def _without_dead_residuals(traced: _jaxpr.Traced, parts: Cut) -> Cut:
@@ -213,13 +219,20 @@ def _abstract(v: core.Var) -> jax.ShapeDtypeStruct:
 def large_remats(traced: _jaxpr.Traced) -> Callable[[core.JaxprEqn], bool]:
     """Returns whether an equation is a remat of most of the parameters that are used."""
     used = _jaxpr.ancestors(traced.eqns, traced.outvars[:1])
-    parameters = {v for v in traced.invars if v in used}
+    # Of which parameters a value is made and of nothing else: a cast of one, say.
+    made_of = {v: frozenset([v]) for v in traced.invars if v in used}
+    count = len(made_of)
+    for eqn in traced.eqns:
+        inputs = [atom for atom in eqn.invars if _jaxpr.is_var(atom)]
+        if inputs and all(v in made_of for v in inputs):
+            together = frozenset().union(*(made_of[v] for v in inputs))
+            made_of.update(dict.fromkeys(eqn.outvars, together))
 
     def is_large(eqn):
         if eqn.primitive.name not in _jaxpr.REMAT:
             return False
-        taken = {a for a in eqn.invars if _jaxpr.is_var(a) and a in parameters}
-        return 2 * len(taken) > len(parameters)
+        inputs = [made_of[a] for a in eqn.invars if _jaxpr.is_var(a) and a in made_of]
+        return 2 * len(frozenset().union(*inputs)) > count
 
     return is_large
 
@@ -263,11 +276,19 @@ def _cut_remat(eqn: core.JaxprEqn, reached: set[core.Var]) -> list[core.JaxprEqn
     first = _jaxpr.make_jaxpr(first_inputs, crossing, before, body.debug_info)
     second_inputs = _jaxpr.free_variables(after, body_outvars)
     second = _jaxpr.make_jaxpr(second_inputs, body_outvars, after, body.debug_info)
+
+    def params(jaxpr, inputs):
+        found = {**eqn.params, "jaxpr": jaxpr}
+        if isinstance(found.get("prevent_cse"), tuple):  # one for each input
+            of = dict(zip(body.invars, found["prevent_cse"], strict=True))
+            found["prevent_cse"] = tuple(of.get(v, True) for v in inputs)
+        return found
+
     return [
         eqn.replace(
             invars=[outer[v] for v in inputs],
             outvars=outvars,
-            params={**eqn.params, "jaxpr": jaxpr},
+            params=params(jaxpr, inputs),
             effects=jaxpr.effects,
         )
         for jaxpr, inputs, outvars in (

@@ -67,7 +67,9 @@ def loss(loss_fn: Any, args: tuple[Any, ...], axes: Any) -> None:
     structures = jax.tree.structure(args[1]), jax.tree.structure(model_state)
     if given != returned or structures[0] != structures[1]:
         remedy = "Return the model state with the structure, shapes and dtypes it has."
-        expected = f"to return a model state of {given}"
+        if given == returned:  # containers of other types
+            given, returned = map(str, structures)
+        expected = f"a function that returns a model state of {given}"
         got = f"one of {returned}"
         raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
 

@@ -48,7 +48,7 @@ def layerwise_sam(
       `shard_map` it must average over devices itself, as must the incoming gradients.
     * `value_fn`: loss of the parameters on the same batch, a scalar or (scalar, aux).
       Both gradients come from its split; the incoming gradients are used only when
-      nothing is selected.
+      nothing is selected and there is no `axis_name`.
 
     and `selection`, static: a tuple of names (`lwsam.selection(state)`), a `Cover`
     (`lwsam.selection(state, cover="depth")`), or None for the mask in the state, which
@@ -148,7 +148,9 @@ def layerwise_sam(
         chosen, is_cover = static_selection(_WHO, selection, known)
         if is_cover:
             mask = state.mask
-        if not chosen:
+        # With `value_fn` nobody else needs the incoming gradients to be averaged.
+        recomputed = None not in (value_fn, axis_name) and grad_fn is None
+        if not chosen and not recomputed:
             value = _clean_value(value_fn, params, axis_name, state)
             norms = known.norms(updates)
         elif value_fn is not None and grad_fn is None:
@@ -250,6 +252,7 @@ def _from_grad_fn(
     chosen: tuple[int, ...],
     mask: jax.Array | None,
 ) -> tuple[Any, jax.Array]:
+    _gradient.check_mask(_WHO, mask, layers)
     weights, treedef = jax.tree.flatten(params)
     clean = jax.tree.leaves(grads)
     selected = [i for i, layer in enumerate(layers.leaf_layer) if layer in set(chosen)]

@@ -126,6 +126,30 @@ def test_the_transformation_over_devices_is_that_of_the_whole_batch(mapping, sel
     assert_close(out, on_one_device(updated, selection, "none"))
 
 
+@pytest.mark.parametrize("mapping", MAPS)
+def test_an_empty_selection_averages_as_any_other(mapping):
+    """Else the replicas of a loop with `value_fn` drift apart in its plain steps."""
+    updates, norms, value, _ = MAPS[mapping](updated((), "data", "none"))
+    expected = on_one_device(penalized, (), "none")
+    assert_close((value, updates, norms), expected[:3])
+
+
+@pytest.mark.parametrize("selection", ["tuple", "empty"])
+@pytest.mark.parametrize("mapping", MAPS)
+def test_a_loss_may_average_itself(mapping, selection):
+    selection = SELECTIONS[selection]
+    loss = lambda p, x: jax.lax.pmean(CASE.loss(p, x)[0], "data")
+    fn = lwsam.value_and_grad(
+        loss, selection, rho=0.3, alpha=0.7, layers=LAYERS, axis_name="data"
+    )
+
+    def run(params, x):
+        out = fn(params, x)
+        return out.value, out.grads, out.norms, out.perturbed_value
+
+    assert_close(MAPS[mapping](run), on_one_device(penalized, selection, "none"))
+
+
 def test_a_loop_over_devices_may_average_by_grad_fn():
     """`grad_fn` must return averaged gradients; then no axis_name is needed."""
     tx = lwsam.layerwise_sam(k=1, rho=0.3, alpha=0.7, layers=LAYERS)

@@ -114,6 +114,24 @@ def test_a_layer_outside_the_cover_is_not_perturbed_whatever_the_mask_says():
     assert_close(out.grads, plain(("a_out",)).grads)
 
 
+@pytest.mark.parametrize(
+    "mask", [[True, False], [[True, False, True]], [1.0, 0.0, 1.0]], ids=str
+)
+def test_a_mask_of_another_shape_or_dtype_raises(mask):
+    """JAX would clamp an index that is too large, and perturb another layer."""
+    case, layers = mlp()
+    fn = lwsam.value_and_grad(
+        case.loss,
+        lwsam.Cover(layers.names),
+        rho=0.3,
+        alpha=0.7,
+        layers=layers,
+        has_aux=True,
+    )
+    with pytest.raises(ValueError, match=r"`mask` to be bool\[3\]"):
+        fn(case.params, *case.args, mask=jnp.asarray(mask))
+
+
 def test_no_mask_means_all_layers_of_the_cover():
     names = ("a_out", "m_mid")
     assert_close(penalized(lwsam.Cover(names)).grads, plain(names).grads)
