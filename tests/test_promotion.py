@@ -92,3 +92,18 @@ def test_reviews_become_rare():
     reviews = [step for step in range(1, 2000) if _promotion.is_review(step)]
     assert reviews[:48] == list(range(4, 193, 4))
     assert reviews[48:] == [256, 384, 512, 768, 1024, 1536]
+
+
+def test_late_reviews_add_one_set():
+    assert [_promotion.sets_of(step) for step in (4, 192, 256, 1536)] == [2, 2, 1, 1]
+
+
+def test_many_layers_do_not_make_a_review_long():
+    """Its time is that of these products; the heaviest are looked at."""
+    draw, layers = random.Random(1), 150
+    sets = [draw.sample(range(layers), 75) for _ in range(40)]
+    counts = {sum(1 << i for i in chosen): 1.0 for chosen in sets}
+    weights = _promotion.expected(counts, layers)
+    assert set(counts) <= set(weights)
+    assert len(weights) <= _promotion._SELECTIONS * _promotion._LAYERS // layers
+    assert sum(weights.values()) <= len(counts) * _promotion._UNIT
