@@ -119,6 +119,9 @@ class TrainStepRacer(Racer):
     Args:
       label: Its name in the table.
       method: What it is.
+
+    Attributes:
+      selections: The layers of each step; bit i stands for the i-th layer.
     """
 
     def __init__(self, label: str, method: lwsam.LayerwiseSAM):
@@ -133,7 +136,7 @@ class TrainStepRacer(Racer):
         self._state = self.train_step.init(params, model_state, batch, key=key)
         self._covers: dict[lwsam.Cover, None] = {}
         self._unread: list[Any] = []
-        self.ratios, self.executables = [], 0
+        self.ratios, self.selections, self.executables = [], [], 0
 
     @property
     def compile_seconds(self) -> float:
@@ -143,12 +146,15 @@ class TrainStepRacer(Racer):
     def step(self, batch: Any) -> Any:
         """Run a step."""
         self._state, info = self.train_step(self._state, batch)
-        self._unread.append(info.overhead)
+        self._unread.append((info.overhead, info.mask))
         return self._state, info
 
     def note(self) -> None:
         """Read what the steps cost; remember executables that may be evicted."""
-        self.ratios += [1.0 + float(x) for x in self._unread]
+        for overhead, mask in self._unread:
+            self.ratios.append(1.0 + float(overhead))
+            chosen = np.flatnonzero(mask).tolist()
+            self.selections.append(sum(1 << i for i in chosen))
         self._unread = []
         held = self.train_step.executables
         self._covers.update(dict.fromkeys(held))

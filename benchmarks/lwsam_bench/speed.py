@@ -183,7 +183,12 @@ def _row(
     if isinstance(racer, TrainStepRacer):
         step = racer.train_step
         assert step.layers is not None
-        own = {"layers": len(step.layers), "evictions": step.evictions}
+        own = {
+            "layers": len(step.layers),
+            "layer_names": step.layers.names,
+            "selections": racer.selections,
+            "evictions": step.evictions,
+        }
     return {
         "method": racer.label,
         "data": workload.data,

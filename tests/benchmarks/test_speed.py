@@ -50,7 +50,8 @@ def test_rows_hold_every_figure(measured):
     assert small["flops_xla"] == pytest.approx(small["flops"], abs=0.03)
     assert small["executables"] == len(small["programs"]) == 1
     assert small["programs"][0]["steps"] == 4
-    assert small["layers"] == 10
+    assert small["layers"] == len(small["layer_names"]) == 10
+    assert [bits.bit_count() > 0 for bits in small["selections"]] == [True] * 4
     assert 0 < small["host_us"] < 1e5
     assert sgd["host_us"] is None
     assert small["burst"] == 2
