@@ -26,6 +26,9 @@ from ._selection import Cover
 _WORTH_A_SET = 0.0075
 # and a cover this much in the step at hand.
 _WORTH_A_COVER = 0.08
+# A set that was chosen and has not run after so many steps is given up: selections have
+# moved on, and it would be compiled at the worst time, late and for a few steps.
+_UNUSED = 8
 # What a selection counts for after each review, so that the sets follow the training,
 _MEMORY = 0.7
 # and how many are remembered at most; twice as many between two reviews.
@@ -166,7 +169,10 @@ class Executables:
         return Cover(tuple(name for i, name in enumerate(names) if bits >> i & 1))
 
     def _review(self) -> None:
-        """Adds the sets that would save the most, one after the other."""
+        """Gives up unused sets; adds those that would save the most, one by one."""
+        for chosen, at in list(self._sets.items()):
+            if chosen not in self._steps and self._seen - at > _UNUSED:
+                del self._sets[chosen]
         weights = _promotion.expected(self._counts, len(self._layers))
         total = math.fsum(self._counts.values())
         now = {

@@ -93,6 +93,20 @@ def test_an_idle_set_makes_room_for_one_that_is_needed():
     assert set(ran[-1].names) == {"1", "6"}
 
 
+def test_a_set_that_no_step_uses_is_given_up():
+    """Else it would be compiled whenever such a selection comes once more."""
+    executables, ran = make()
+    for _ in range(4):
+        executables.run(mask(0, 7), "state")
+    chosen = set(executables._sets)
+    assert chosen
+    for _ in range(60):
+        executables.run(mask(7), "state")
+    assert not chosen & set(executables._sets)
+    executables.run(mask(0, 7), "state")
+    assert ran[-1] == lwsam.Cover(LAYERS.names)
+
+
 def test_no_step_runs_on_an_executable_above_the_bound():
     bound = ratio(lwsam.Cover(LAYERS.from_depth(5))) - 1
     executables, ran = make(bound=bound)
