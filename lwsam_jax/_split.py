@@ -143,7 +143,7 @@ def _divide(
     effects_follow = False
     for eqn in eqns:
         depends = any(_jaxpr.is_var(atom) and atom in reached for atom in eqn.invars)
-        is_effectful = any(map(_is_ordered, eqn.effects))
+        is_effectful = not all(map(_names_an_axis, eqn.effects))
         if depends or (effects_follow and is_effectful):
             effects_follow = effects_follow or is_effectful
             reached.update(eqn.outvars)
@@ -153,9 +153,9 @@ def _divide(
     return before, after
 
 
-def _is_ordered(effect: Any) -> bool:
-    """Whether an effect does something; collectives have one that names their axis."""
-    return type(effect).__name__ != "NamedAxisEffect"
+def _names_an_axis(effect: Any) -> bool:
+    """Whether an effect only says which axis a collective is over, and does nothing."""
+    return type(effect).__name__ == "NamedAxisEffect"
 
 
 def _without_dead_residuals(traced: _jaxpr.Traced, parts: Cut) -> Cut:
@@ -279,8 +279,10 @@ def _cut_remat(eqn: core.JaxprEqn, reached: set[core.Var]) -> list[core.JaxprEqn
 
     def params(jaxpr, inputs):
         found = {**eqn.params, "jaxpr": jaxpr}
-        if isinstance(found.get("prevent_cse"), tuple):  # one for each input
-            of = dict(zip(body.invars, found["prevent_cse"], strict=True))
+        flags = found.get("prevent_cse")
+        # One for each input; older JAX takes a tuple of any length as one true flag.
+        if isinstance(flags, tuple) and len(flags) == len(body.invars):
+            of = dict(zip(body.invars, flags, strict=True))
             found["prevent_cse"] = tuple(of.get(v, True) for v in inputs)
         return found
 

@@ -201,8 +201,8 @@ def measure(
 def _measured(lane: Lane, base: Lane, workload: Workload) -> Row:
     took, sgd = timing(lane, base, _BLOCK), timing(base, base, _BLOCK)
     return {
-        # Of SGD in the same blocks: what a lane's own seconds say depends on when the
-        # machine was busy.
+        # SGD's, by the ratio: what a lane's own seconds say depends on when the machine
+        # was busy.
         "images_per_second": workload.items / sgd.seconds / took.ratio,
         "time": took.ratio,
         "time_quartiles": took.quartiles,
