@@ -106,7 +106,7 @@ def test_notes_tell_what_a_scale_changes():
 def test_methods_beyond_the_paper_set_their_price():
     """The rule that docs/cost.md recommends, and the k largest within a bound."""
     made = methods.configure(setups.config("cifar10", setups.RECOMMENDED, "paper", 0))
-    assert made.select is lwsam.everything()
+    assert (made.k, made.select) == (4, None)
     assert (made.mean_overhead, made.max_overhead) == (0.5, None)
     assert (made.rho, made.alpha, made.normalize) == (0.1, 1.0, "selected")
     made = methods.configure(setups.config("cifar10", setups.BUDGETED, "paper", 0))
@@ -118,7 +118,7 @@ def test_methods_beyond_the_paper_set_their_price():
         "LookSAM (3)",
         "layer-wise SAM (4)",
         "layer-wise SAM within 1.1 × (4)",
-        "layer-wise SAM, mean of 1.5 ×",
+        "layer-wise SAM, mean of 1.5 × (4)",
     ]
 
 

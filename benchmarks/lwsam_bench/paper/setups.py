@@ -41,9 +41,7 @@ LABELS: Mapping[str, str] = {
 _RULES: Mapping[str, dict[str, Any]] = {
     BUDGETED: {"max_overhead": BUDGET},
     RECOMMENDED: {
-        "criterion": "all",
-        "k": 0,
-        # The paper's r, but a norm: twice the radius of SAM, for fewer steps ascend.
+        # The paper's r, but a norm: twice the radius of SAM, for fewer layers ascend.
         "rho": 0.1,
         "alpha": 1.0,
         "normalize": "selected",
@@ -53,8 +51,8 @@ _RULES: Mapping[str, dict[str, Any]] = {
 BEYOND = (
     f"The last two methods are not in the paper. Within {1 + BUDGET:g} ×: the k layers"
     " are those of the largest norms among the layers that keep every step so cheap."
-    f" Mean of {1 + MEAN_BUDGET:g} ×: all layers as soon as the steps before have saved"
-    " enough, and what a step's own share pays in the others; radius"
+    f" Mean of {1 + MEAN_BUDGET:g} ×: those of the largest norms of all, as soon as the"
+    " steps before have saved enough; else of those that a step's own share pays; radius"
     f" {_RULES[RECOMMENDED]['rho']:g}, normalised, not tuned."
 )
 
@@ -294,7 +292,10 @@ def config(
 
 def label(method: str, setup: Setup) -> str:
     """Return the name of one of `LABELS` in a table, with the numbers of Table 1."""
-    numbers = {"looksam": setup.every, "lwsam": setup.k, BUDGETED: setup.k}
+    numbers = {
+        "looksam": setup.every,
+        **dict.fromkeys(("lwsam", BUDGETED, RECOMMENDED), setup.k),
+    }
     number = f" ({numbers[method]})" if method in numbers else ""
     return LABELS[method] + number
 
