@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import fake_runs
 from lwsam_bench import cli_paper
@@ -69,7 +71,25 @@ def test_an_unknown_scale(capsys):
     assert "invalid choice: 'huge'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def persistent_cache(tmp_path_factory):
+    """Commands share compiled programs as a user's do, in a folder of their own."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # whether there is one is asked once
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("persistent_cache")
 def test_all_commands_at_the_scale_smoke(tmp_path, data_dir):
     for name in artefact.NAMES:
         arguments = ("--scale", "smoke", "--out", tmp_path, "--data-dir", data_dir)

@@ -41,7 +41,7 @@ def build(
     rngs = nnx.Rngs(seed)
     match parsed.family:
         case "gpt":
-            tiny = dict(context=16, width=16, depth=2, heads=2)
+            tiny = dict(context=16, width=16, depth=1, heads=2)
             sizes = tiny if name == "gpt-tiny" else {}
             return GPT(num_classes, **sizes, rngs=rngs)
         case "vit":
