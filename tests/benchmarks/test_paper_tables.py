@@ -56,7 +56,7 @@ def test_table1(tmp_path):
     assert found["generalised SAM"] == ("70.00 %", "1.25 ×", "1", "92.64 ± 0.4 %")
     assert found["LookSAM (3)"] == ("", "", "", "92.14 ± 0.4 %")
     assert found["layer-wise SAM within 1.1 × (4)"] == ("", "", "", "")
-    assert found["layer-wise SAM, mean of 1.5 ×"] == ("", "", "", "")
+    assert found["layer-wise SAM, mean of 1.5 × (4)"] == ("", "", "", "")
     flowers = by_title(made)["Oxford Flowers-102 subset, wrn10-1"]
     assert cells(flowers)["LookSAM (3)"] == ("", "", "", "73.53 ± 0.6 %")
     text = " ".join(made.notes)
