@@ -170,7 +170,7 @@ _CHANGES: Mapping[str, Mapping[str, dict[str, Any]]] = {
             "layers": 8,
             "epochs": 2,
             "batch_size": 32,
-            "train_images": 64,
+            "train_images": 32,
             "test_images": 64,
         },
         "cifar100": {
@@ -178,7 +178,7 @@ _CHANGES: Mapping[str, Mapping[str, dict[str, Any]]] = {
             "layers": 10,
             "epochs": 2,
             "batch_size": 8,
-            "train_images": 16,
+            "train_images": 8,
             "test_images": 64,
         },
         "flowers": {
@@ -187,7 +187,7 @@ _CHANGES: Mapping[str, Mapping[str, dict[str, Any]]] = {
             "layers": 10,
             "epochs": 2,
             "batch_size": 8,
-            "train_images": 16,
+            "train_images": 8,
             "test_images": 64,
             "image_size": 16,
         },
@@ -195,7 +195,7 @@ _CHANGES: Mapping[str, Mapping[str, dict[str, Any]]] = {
             "model": "vit-tiny",
             "epochs": 2,
             "batch_size": 8,
-            "train_images": 16,
+            "train_images": 8,
             "test_images": 64,
         },
         "lm": {
