@@ -13,13 +13,11 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 import lwsam_jax as lwsam
 import nets
+from devices import DEVICES, needs_eight
 from plain import assert_close
 
 
-DEVICES = 8
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < DEVICES, reason="needs eight devices"
-)
+pytestmark = needs_eight
 CASE = nets.mlp()
 X = nets.weight(16, 4, seed=9) * jnp.linspace(0.2, 3.0, 16)[:, None]
 LAYERS = lwsam.Layers.of(CASE.params, None, CASE.loss, X)

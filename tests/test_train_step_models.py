@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 import lwsam_jax as lwsam
+from devices import needs_eight
 from framework_nets import nnx_merge
 from nets import weight
 from plain import assert_close, two_gradients
@@ -112,7 +113,7 @@ def test_one_device_is_two_gradients_and_the_statistics_are_clean(make):
     assert_close((state.params, state.model_state), expected, rtol=1e-5)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", ["pmap", "mesh"])
 def test_synchronised_statistics_make_eight_devices_one(name):
     make_loss, params, model_state = linen()
@@ -123,7 +124,7 @@ def test_synchronised_statistics_make_eight_devices_one(name):
     assert_close((state.params, state.model_state), expected, rtol=1e-5)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", ["pmap", "mesh"])
 def test_keys_and_counts_in_the_model_state_survive_many_devices(name):
     make_loss, params, model_state = nnx()

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 import lwsam_jax as lwsam
 import nets
+from devices import DEVICES, needs_eight
 from plain import assert_close
 
 
-DEVICES, STEPS = 8, 3
+STEPS = 3
 PARAMS = nets.mlp_params()
 MODEL_STATE = {
     "mean": jnp.zeros(4),
@@ -79,7 +80,7 @@ def run(step, steps):
     return state, infos
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", PARALLEL)
 def test_eight_devices_are_one_device(name):
     """Parameters, model state, optimizer state, selections, values and metrics."""
@@ -109,7 +110,7 @@ def test_eight_devices_are_one_device(name):
     assert lwsam.selection(state) == lwsam.selection(expected)
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", ["pmap", "mesh"])
 def test_so_it_is_with_a_normalized_perturbation(name):
     """The norm is that of the mean gradient, not the mean of eight norms."""
@@ -118,7 +119,7 @@ def test_so_it_is_with_a_normalized_perturbation(name):
     assert_close(state.params, expected.params, rtol=3e-6)
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", ["pmap", "mesh"])
 def test_devices_draw_their_own_dropout_and_share_their_statistics(name):
     """The loss sees a key of its own on each device, and may use the axis by name."""
@@ -142,7 +143,7 @@ def test_devices_draw_their_own_dropout_and_share_their_statistics(name):
     assert int(state.model_state["steps"]) == 1
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", PARALLEL)
 def test_a_batch_that_does_not_divide_raises(name):
     step = make(PARALLEL[name]())
@@ -155,7 +156,7 @@ def test_a_batch_that_does_not_divide_raises(name):
     assert not state.step.is_deleted()
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", ["pmap", "mesh"])
 def test_inputs_stay_usable_and_the_state_can_be_read_back(name):
     step = make(PARALLEL[name]())
@@ -172,7 +173,7 @@ def test_inputs_stay_usable_and_the_state_can_be_read_back(name):
     assert_close(state.params, expected.params, rtol=3e-6)
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices")
+@needs_eight
 @pytest.mark.parametrize("name", ["pmap", "mesh"])
 def test_a_call_under_jit_raises(name):
     step = make(PARALLEL[name]())
