@@ -15,13 +15,12 @@ import jax.numpy as jnp
 
 def accumulation_dtype(*leaves: Any) -> jnp.dtype:
     """Returns float32, or float64 where a leaf has 64-bit (or complex128) precision."""
-    wide = any(
-        jnp.dtype(leaf.dtype) in (jnp.float64, jnp.complex128) for leaf in leaves
-    )
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    doubles = (jnp.float64, jnp.complex128)
+    is_double = any(jnp.dtype(leaf.dtype) in doubles for leaf in leaves)
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
     """Casts to the accumulation precision, keeping complex leaves complex."""
     dtype = accumulation_dtype(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -31,7 +30,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def square_norm(x: jax.Array) -> jax.Array:
     """Returns the sum of |x|^2 over all elements, as a real scalar."""
-    x = _wide(x)
+    x = wide(x)
     return jnp.sum(jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x**2)
 
 
@@ -41,7 +40,13 @@ def norm(leaves: Sequence[jax.Array], dtype: jnp.dtype | None = None) -> jax.Arr
     total = jnp.zeros((), dtype)
     for leaf in leaves:
         total = total + square_norm(leaf).astype(dtype)
-    return jnp.sqrt(total)
+    return root(total)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """Returns sqrt(x); its derivative at 0 is 0, so that a step can be differentiated."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, jnp.ones_like(x))), x)
 
 
 def inner(
@@ -50,7 +55,7 @@ def inner(
     """Returns the inner product over all leaves, the real part for complex ones."""
     total = jnp.zeros((), dtype)
     for x, y in zip(xs, ys, strict=True):
-        product = jnp.real(_wide(x) * jnp.conj(_wide(y)))
+        product = jnp.real(wide(x) * jnp.conj(wide(y)))
         total = total + jnp.sum(product).astype(dtype)
     return total
 
@@ -63,15 +68,13 @@ def reciprocal(x: jax.Array) -> jax.Array:
 
 def add_scaled(x: jax.Array, scale: jax.Array, direction: jax.Array) -> jax.Array:
     """Returns x + scale * direction, computed wide and rounded once to x's dtype."""
-    wide = _wide(x)
-    return (wide + scale.astype(jnp.real(wide).dtype) * _wide(direction)).astype(
-        x.dtype
-    )
+    base = wide(x)
+    return (base + scale.astype(jnp.real(base).dtype) * wide(direction)).astype(x.dtype)
 
 
 def mix(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns (1 - weight) * x + weight * y, computed wide and rounded once."""
-    x_wide, y_wide = _wide(x), _wide(y)
+    x_wide, y_wide = wide(x), wide(y)
     weight = weight.astype(jnp.real(x_wide).dtype)
     return ((1 - weight) * x_wide + weight * y_wide).astype(y.dtype)
 

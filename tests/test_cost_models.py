@@ -127,3 +127,102 @@ def test_a_scan_counts_by_its_length():
         assert scan.ratio(one) == pytest.approx(loop.ratio(many), rel=0.02)
     plain = xla_flops(jax.value_and_grad(unrolled), written_out, x)
     assert scan.plain == pytest.approx(plain, rel=0.02)
+
+
+PARAMS = {"in": weight(4, 8), "out": weight(8, 2)}
+COST_ARGS = (jax.ShapeDtypeStruct((6, 4), jnp.float32),)
+
+
+def two_layers(params, x, *others):
+    return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"]) ** 2)
+
+
+def test_fractions_of_the_batch():
+    cost = lwsam.step_cost(two_layers, PARAMS, *COST_ARGS)
+    whole = cost.ratio(("out",))
+    assert cost.ratio(("out",), 1) == cost.ratio(("out",), 1.0) == whole
+    # No pass: the direction is at hand. With one of its own, nothing is shared.
+    assert cost.ratio(("in", "out"), 0) == 1.0
+    assert cost.prices(0) == (0.0, 0.0)
+    assert 1.0 < cost.ratio(("out",), 0.01) < 1.01
+    for options in ({}, {"ascent": 0.3}, {"whole_ascent": True}, {"descent": 0.7}):
+        # In depth "in" comes first, so its cover has both.
+        covers = (lwsam.Cover(("in", "out")), lwsam.Cover(("out",)))
+        prices = tuple(cost.ratio(cover, **options) - 1 for cover in covers)
+        assert cost.prices(**options) == prices
+        assert cost.ratio((), **options) == 1.0
+    assert cost.ratio(("in", "out"), 0.5, whole_ascent=True) == pytest.approx(1.5)
+    assert cost.ratio(("out",), whole_ascent=True) > cost.ratio(("out",))
+
+
+RAW_KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
+STATE = {"mean": jnp.zeros(8), "var": jnp.zeros(8), "count": jnp.zeros(())}
+
+
+@pytest.mark.parametrize(
+    ("args", "examples"),
+    [
+        (({"x": jnp.ones((6, 4)), "y": jnp.ones(6), "classes": jnp.ones(3)},), 6),
+        ((STATE, {"x": jnp.ones((6, 4)), "y": jnp.ones(6)}, jax.random.key(0)), 6),
+        ((STATE, jnp.ones((6, 4)), RAW_KEY), 6),
+        ((STATE, jnp.ones((6, 4)), 0.5), 6),
+        ((), None),
+        ((jnp.ones(()), None), None),
+    ],
+    ids=["dict", "state", "raw key", "number", "none", "scalars"],
+)
+def test_the_batch_is_found_among_the_arguments(args, examples):
+    loss = lambda p, *args: jnp.sum(p["out"] ** 2)
+    assert lwsam.step_cost(loss, PARAMS, *args).examples == examples
+
+
+class Tenth:
+    def fraction(self, examples):
+        return 0.1
+
+    def __repr__(self):  # a name for the test that is the same in every worker
+        return "Tenth()"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"ascent": -0.1}, ValueError, r"`ascent`.*-0\.1"),
+        ({"ascent": 1.1}, ValueError, r"`ascent`.*1\.1"),
+        ({"ascent": float("nan")}, ValueError, "`ascent`.*nan"),
+        ({"ascent": "half"}, TypeError, "`ascent`.*half"),
+        ({"ascent": True}, TypeError, "`ascent`.*True"),
+        ({"ascent": Tenth()}, ValueError, "`ascent`.*examples"),
+        ({"descent": 1.5}, ValueError, r"`descent`.*1\.5"),
+        ({"descent": None}, ValueError, "`descent`.*None"),
+    ],
+    ids=str,
+)
+def test_fractions_out_of_range_raise(options, error, match):
+    cost = lwsam.step_cost(lambda p: two_layers(p, jnp.ones((6, 4))), PARAMS)
+    with pytest.raises(error, match=match):
+        cost.ratio(("out",), **options)
+    with pytest.raises(error, match=match):
+        cost.prices(**options)
+
+
+def test_the_sets_of_resnet20_cost_what_is_promised():
+    """At batch 128; the counts of XLA are at most 0.3 % below the model's."""
+    nnx = pytest.importorskip("flax.nnx")
+    from lwsam_bench.models.resnet import ResNet
+    from lwsam_bench.training import make_loss_fn, Network
+
+    network = Network.of(ResNet(3, 10, projection=True, rngs=nnx.Rngs(0)))
+    batch = {
+        "image": jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((128,), jnp.int32),
+    }
+    args = (network.params, network.model_state, batch, jax.random.key(0))
+    cost = lwsam.step_cost(make_loss_fn(network), *args)
+    assert cost.examples == 128
+    third = tuple(n for n in cost.layers.names if n.startswith("stage3"))
+    assert cost.ratio(("dense",)) <= 1.0005
+    assert cost.ratio(("dense", "stage3_block3/conv2")) <= 1.036
+    assert cost.ratio(("dense", *third)) <= 1.284 * 1.003
+    # A tenth of the batch: whatever is perturbed, a tenth at most.
+    assert max(cost.prices(0.1)) <= 0.1

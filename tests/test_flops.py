@@ -141,6 +141,65 @@ def test_the_cost_model_agrees_with_the_compiler(selection):
     assert cost.ratio(selection) == pytest.approx(ratio("mlp", selection), abs=0.03)
 
 
+def climbed(params, selection, x):
+    """The parameters a step up from the given examples; only these layers move."""
+    own = {name: params[name] for name in selection}
+    ascent = jax.grad(lambda own: mlp_loss({**params, **own}, x))(own)
+    return {**params, **{name: params[name] + 0.1 * ascent[name] for name in own}}
+
+
+@pytest.mark.parametrize("selection", [NAMES[-1:], NAMES[:1], NAMES], ids=str)
+@pytest.mark.parametrize("fraction", [1 / 4, 1 / 16])
+def test_the_cost_model_agrees_on_an_ascent_of_a_part_of_the_batch(selection, fraction):
+    def step(params, x):
+        moved = climbed(params, selection, x[: int(fraction * BATCH)])
+        return jax.value_and_grad(mlp_loss)(moved, x)
+
+    found = flops(step, PARAMS, X) / plain("mlp")
+    cost = lwsam.step_cost(mlp_loss, PARAMS, X)
+    assert cost.ratio(selection, fraction) == pytest.approx(found, rel=0.02)
+    assert cost.ratio(selection, Part(fraction)) == cost.ratio(selection, fraction)
+
+
+def test_the_cost_model_agrees_on_a_whole_ascent_of_a_part_of_the_batch():
+    def step(params, x):
+        ascent = jax.grad(mlp_loss)(params, x[: BATCH // 4])
+        scale = 0.1 / optax.tree.norm(ascent)
+        last = NAMES[-1]
+        moved = {**params, last: params[last] + scale * ascent[last]}
+        return jax.value_and_grad(mlp_loss)(moved, x)
+
+    found = flops(step, PARAMS, X) / plain("mlp")
+    cost = lwsam.step_cost(mlp_loss, PARAMS, X)
+    modelled = cost.ratio(NAMES[-1:], 1 / 4, whole_ascent=True)
+    assert modelled == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("selection", [NAMES[-1:], NAMES[:1]], ids=str)
+def test_the_cost_model_agrees_on_a_descent_of_a_part_of_the_batch(selection):
+    """The choice of its examples takes a forward pass at the perturbed point."""
+
+    def step(params, x):
+        moved = climbed(params, selection, x)
+        start = jnp.int32(mlp_loss(moved, x) > 0)  # stands for a choice by the losses
+        picked = jax.lax.dynamic_slice_in_dim(x, start, BATCH // 2)
+        return jax.value_and_grad(mlp_loss)(moved, picked)
+
+    found = flops(step, PARAMS, X) / plain("mlp")
+    cost = lwsam.step_cost(mlp_loss, PARAMS, X)
+    assert cost.ratio(selection, descent=0.5) == pytest.approx(found, rel=0.02)
+
+
+class Part:
+    """What asks for the number of examples, as an ascent does."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def fraction(self, examples):
+        return int(self.share * examples) / examples
+
+
 def test_a_train_step_costs_what_its_selection_costs():
     def loss(params, model_state, batch, key):
         return norm_loss(params, batch), (model_state, {})

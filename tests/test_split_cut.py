@@ -6,7 +6,10 @@ import pytest
 
 import lwsam_jax as lwsam
 import nets
-from lwsam_jax import _jaxpr, _split
+from lwsam_jax._engine.cut import cut, divide
+from lwsam_jax._engine.graph import REMAT
+from lwsam_jax._engine.inline import inline
+from lwsam_jax._engine.trace import trace
 from plain import assert_close, two_gradients
 
 
@@ -54,10 +57,9 @@ def test_a_remat_of_the_whole_net_is_cut_also_behind_a_cast(dtype):
         cast = jax.tree.map(lambda w: w.astype(dtype), p)
         return jax.checkpoint(net)(cast, x.astype(dtype)).astype(jnp.float32)
 
-    traced = _split.trace_loss(lambda p: loss(p, X), PARAMS)
-    parts = _split.cut(traced, [2])
-    assert any(e.primitive.name in _jaxpr.REMAT for e in parts.before)
-    assert any(e.primitive.name in _jaxpr.REMAT for e in parts.after)
+    parts = cut(inline(trace(lambda p: loss(p, X), PARAMS)), [2])
+    assert any(e.primitive.name in REMAT for e in parts.before)
+    assert any(e.primitive.name in REMAT for e in parts.after)
 
 
 def test_a_remat_that_names_its_inputs_is_cut():
@@ -67,14 +69,15 @@ def test_a_remat_that_names_its_inputs_is_cut():
 
 
 def test_collectives_of_another_branch_stay_in_the_prefix():
-    def loss(a, b):
+    def loss(params):
+        a, b = params
         one = jax.lax.psum(jnp.tanh(a), "d")
         other = jax.lax.psum(jnp.sin(b), "d")
         return jnp.sum(one * other)
 
     ones = jnp.ones(3)
-    traced = _jaxpr.trace(loss, [ones, ones], axis_env=[("d", 2)])
-    before, after = _split._divide(traced.eqns, [traced.invars[0]])
+    program = inline(trace(loss, (ones, ones), axis_env=[("d", 2)]))
+    before, after = divide(program.eqns, program.params[:1])
     names = [e.primitive.name for e in before]
     assert "sin" in names
     assert any("psum" in name for name in names)

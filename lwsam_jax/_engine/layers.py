@@ -1,9 +1,9 @@
-"""What a layer is: rules that name leaves, and the names, depths and norms of layers."""
+"""The layers of a parameter tree: their names, depths and norms."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,95 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _checks, _jaxpr, _tree
-
-
-Rule = Callable[[tuple[Any, ...], Any], "str | None"]
-
-_NOT_WEIGHTS = frozenset({"bias", "b", "scale", "offset", "gamma", "beta"})
-
-
-def _key_name(key: Any) -> str:
-    """Returns one entry of a key path as text, whatever its kind."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _names_of(path: Sequence[Any]) -> list[str]:
-    """Returns the path as names, without the `.value` that NNX adds at its end.
-
-    That one is an attribute; a dictionary may have a key "value" (of an attention).
-    """
-    names = [_key_name(key) for key in path]
-    is_attribute = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
-    return names[:-1] if is_attribute and names[-1] == "value" else names
-
-
-def _join(names: Sequence[str]) -> str:
-    return "/".join(names) or "params"
-
-
-def _is_float(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def leaves(path: tuple[Any, ...], leaf: Any) -> str | None:
-    """Rule: every float leaf is a layer of its own.
-
-    Args:
-      path: Key path of the leaf, as `jax.tree_util.tree_flatten_with_path` gives it.
-      leaf: The leaf; anything with a dtype.
-
-    Returns:
-      The path joined by "/", with a trailing `.value` and `/kernel` dropped, or None if
-      the leaf is not of a float (or complex) dtype.
-    """
-    if not _is_float(leaf):
-        return None
-    names = _names_of(path)
-    return _join(names[:-1] if len(names) > 1 and names[-1] == "kernel" else names)
-
-
-def weights(path: tuple[Any, ...], leaf: Any) -> str | None:
-    """Rule (the default): every weight matrix or convolution kernel is a layer.
-
-    A leaf is a layer if its rank is >= 2 and the last key of its path is not one of
-    bias, b, scale, offset, gamma, beta (Flax attention biases have rank 2).
-
-    Args:
-      path: Key path of the leaf, as `jax.tree_util.tree_flatten_with_path` gives it.
-      leaf: The leaf; anything with a dtype and a shape.
-
-    Returns:
-      The name, as in `leaves`, or None.
-    """
-    if not _is_float(leaf) or len(leaf.shape) < 2:
-        return None
-    names = _names_of(path)
-    return None if names and names[-1] in _NOT_WEIGHTS else leaves(path, leaf)
-
-
-def modules(path: tuple[Any, ...], leaf: Any) -> str | None:
-    """Rule: all float leaves of one module (kernel and bias) together are a layer.
-
-    `Layers.of` keeps the modules that own at least one leaf that `weights` names, so a
-    normalization layer alone is no layer.
-
-    Args:
-      path: Key path of the leaf, as `jax.tree_util.tree_flatten_with_path` gives it.
-      leaf: The leaf; anything with a dtype.
-
-    Returns:
-      The path of the module joined by "/", or None.
-    """
-    return _join(_names_of(path)[:-1]) if _is_float(leaf) else None
-
-
-def _natural_order(name: str) -> tuple[Any, ...]:
-    parts = re.split(r"(\d+)", name)
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts)
+from .. import _checks, _tree
+from .depth import first_meetings
+from .rules import labels, leaves, natural_order, Rule, weights
+from .trace import AxisEnv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +41,8 @@ class Layers:
         rule: Rule | None = None,
         loss_fn: Callable[..., Any] | None = None,
         *args: Any,
-        axis_env: _jaxpr.AxisEnv = None,
+        axis_env: AxisEnv = None,
+        allow_masked: bool = False,
     ) -> Layers:
         """Finds the layers of a parameter tree.
 
@@ -138,20 +54,23 @@ class Layers:
 
         Args:
           params: Parameter tree of arrays or `jax.ShapeDtypeStruct`s.
-          rule: `weights` (the default), `modules`, `leaves`, or any
+          rule: `weights` (the default), `modules`, `leaves`, `blocks(pattern)`, or any
             `(key_path, leaf) -> name | None`; leaves with one name are one layer.
           loss_fn: `loss_fn(params, *args)`; traced, never run.
           *args: Arguments of the loss; arrays may be `jax.ShapeDtypeStruct`s.
           axis_env: Names and sizes of mapped axes that the loss uses, as
             `jax.make_jaxpr` takes them.
+          allow_masked: Whether the tree may lack leaves that `optax.masked` and its kin
+            took out.
 
         Returns:
           The layers.
 
         Raises:
-          ValueError: If there is no layer, if `weights` or `leaves` give one name to two
-            leaves, or if the tree has leaves that another transformation masked out.
-          TypeError: If the rule is not callable or returns no string.
+          ValueError: If there is no layer (or no block), if `weights` or `leaves` give
+            one name to two leaves, or if another transformation masked out leaves.
+          TypeError: If the rule is not callable or returns no string, or if a leaf is no
+            array, such as a function inside a model.
 
         Examples:
           >>> import jax.numpy as jnp
@@ -160,33 +79,27 @@ class Layers:
           ('Dense_0',)
         """
         rule = weights if rule is None else rule
-        remedy = "Pass lwsam.weights, lwsam.modules, lwsam.leaves, or a function."
+        remedy = "Pass lwsam.weights, modules, leaves, blocks(pattern), or a function."
         _checks.is_callable("Layers.of", "rule", rule, remedy)
-        _refuse_masked("Layers.of", params)
+        if not allow_masked:
+            _refuse_masked("Layers.of", params)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        labels = [_label(rule, path, leaf) for path, leaf in paths]
-        if rule is modules:
-            owners = {
-                a for a, (p, x) in zip(labels, paths, strict=True) if weights(p, x)
-            }
-            labels = [label if label in owners else None for label in labels]
-        names = tuple(dict.fromkeys(label for label in labels if label is not None))
+        _refuse_non_arrays(paths)
+        found = labels(rule, paths)
+        names = tuple(dict.fromkeys(name for name in found if name is not None))
         if not names:
             raise ValueError(_nothing_found(rule, paths))
         if rule in (weights, leaves):
-            _refuse_shared_names(labels, paths)
+            _refuse_shared_names(found, paths)
         index = {name: i for i, name in enumerate(names)}
-        leaf_layer = tuple(-1 if a is None else index[a] for a in labels)
-        order = [_natural_order(name) for name in names]
+        leaf_layer = tuple(-1 if a is None else index[a] for a in found)
+        first: dict[int, int] = {}
         if loss_fn is not None:
-            meets = _first_meetings(params, loss_fn, args, axis_env)
-            first: dict[int, int] = {}
-            for at, m in zip(leaf_layer, meets, strict=True):
-                if m >= 0:
-                    first[at] = min(first.get(at, m), m)
-            keys = [(first.get(i, -1), o, i) for i, o in enumerate(order)]
-        else:
-            keys = [(0, o, i) for i, o in enumerate(order)]
+            meetings = first_meetings(params, loss_fn, args, axis_env)
+            for at, met in zip(leaf_layer, meetings, strict=True):
+                if met >= 0:
+                    first[at] = min(first.get(at, met), met)
+        keys = [(first.get(i, -1), natural_order(n), i) for i, n in enumerate(names)]
         by_depth = sorted(range(len(names)), key=keys.__getitem__)
         depth = tuple(int(r) for r in np.argsort(by_depth))
         return Layers(names, depth, leaf_layer, treedef)
@@ -273,16 +186,18 @@ class Layers:
         return tuple(name for name, depth in pairs if depth >= cut)
 
 
-def _label(rule: Rule, path: tuple[Any, ...], leaf: Any) -> str | None:
-    name = rule(path, leaf)
-    if name is not None and not isinstance(name, str):
-        remedy = "Return the layer's name, or None for a leaf that is never perturbed."
-        raise TypeError(
-            _checks.message(
-                "Layers.of", "rule", "a function to str or None", name, remedy
+_FILTER = "Equinox models are passed as eqx.filter(model, eqx.is_inexact_array)."
+
+
+def _refuse_non_arrays(paths: Sequence[tuple[Any, Any]]) -> None:
+    """Raises on functions and other things that models keep among their arrays."""
+    for path, leaf in paths:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            got = f"{leaf!r} at {jax.tree_util.keystr(path)}"
+            remedy = f"Take it out, to give it back inside the loss. {_FILTER}"
+            raise TypeError(
+                _checks.message("Layers.of", "params", "a tree of arrays", got, remedy)
             )
-        )
-    return name
 
 
 def _nothing_found(rule: Rule, paths: Sequence[Any]) -> str:
@@ -297,7 +212,7 @@ def _nothing_found(rule: Rule, paths: Sequence[Any]) -> str:
     )
     remedy = (
         "Pass rule=lwsam.leaves for trees without matrices, or a rule of your own; "
-        "Equinox models are passed as eqx.filter(model, eqx.is_inexact_array)."
+        + _FILTER
     )
     return _checks.message("Layers.of", "params", "a tree with layers", got, remedy)
 
@@ -333,28 +248,3 @@ def _refuse_masked(who: str, tree: Any) -> None:
                 who, "params", "the whole parameter tree", "MaskedNode", remedy
             )
         )
-
-
-def _first_meetings(
-    params: Any,
-    loss_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    axis_env: _jaxpr.AxisEnv,
-) -> list[int]:
-    """Returns for each parameter leaf the first equation where it meets data, or -1."""
-    traced, inputs = _jaxpr.trace_call(loss_fn, params, args, True, axis_env)
-    # A scalar that the loss closed over is a coefficient, not data.
-    batch = [v for v in traced.consts if _jaxpr.shape(v)]
-    data = _jaxpr.dependents(traced.eqns, [*inputs, *batch])
-    waiting = {v: frozenset({i}) for i, v in enumerate(traced.invars)}
-    first = [-1] * len(traced.invars)
-    for position, eqn in enumerate(traced.eqns):
-        read = [atom for atom in eqn.invars if _jaxpr.is_var(atom)]
-        touched = frozenset().union(*(waiting.get(v, frozenset()) for v in read))
-        touched = frozenset(i for i in touched if first[i] < 0)
-        if touched and any(v in data for v in read):
-            for i in touched:
-                first[i] = position
-        elif touched:
-            waiting.update(dict.fromkeys(eqn.outvars, touched))
-    return first

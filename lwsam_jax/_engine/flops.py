@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from . import _jaxpr
+from . import graph
+from .graph import is_var
 
 
 _MOVES = frozenset(
@@ -38,7 +39,7 @@ _DERIVATIVE = {"tanh": 3, "logistic": 3, "rsqrt": 2, "integer_pow": 2, "erf": 3}
 
 
 def _size(atom: Any) -> int:
-    return math.prod(_jaxpr.shape(atom))
+    return math.prod(graph.shape(atom))
 
 
 class Work(NamedTuple):
@@ -76,65 +77,49 @@ def works(
       outputs: Atoms whose gradient is wanted.
       is_open: Whether a remat is cut open by the split; else it runs as a whole.
     """
-    found: list[Work] = []
-    _walk(eqns, dict(sources), outputs, found, is_open, 1.0, None, False)
-    return found
 
+    def walk(eqns, env, outputs, times, whole, remat) -> list[Work]:
+        """Fills `env` with the mask of each variable.
 
-def _walk(
-    eqns: Sequence[core.JaxprEqn],
-    env: dict[core.Var, int],
-    outputs: Sequence[Any],
-    found: list[Work],
-    is_open: Callable[[core.JaxprEqn], bool],
-    times: float,
-    whole: int | None,
-    remat: bool,
-) -> None:
-    """Appends the work of `eqns`; `env` is filled with the mask of each variable.
-
-    `whole` is the mask of the enclosing equation where the split keeps that in one piece.
-    """
-    live = _jaxpr.ancestors(eqns, outputs)
-    for eqn in eqns:
-        masks = [env.get(a, 0) if _jaxpr.is_var(a) else 0 for a in eqn.invars]
-        every = functools.reduce(operator.or_, masks, 0)
-        env.update(dict.fromkeys(eqn.outvars, every))
-        bodies = _bodies(eqn)
-        if bodies:
-            is_remat = eqn.primitive.name in _jaxpr.REMAT
-            opened = is_remat and is_open(eqn)
-            around = whole if whole is not None or opened else every
+        `whole` is the mask of the enclosing equation where the split keeps that whole.
+        """
+        found: list[Work] = []
+        live = graph.ancestors(eqns, outputs)
+        for eqn in eqns:
+            masks = [env.get(a, 0) if is_var(a) else 0 for a in eqn.invars]
+            every = _union(masks)
+            env.update(dict.fromkeys(eqn.outvars, every))
+            around = every if whole is None else whole
             branches = []
-            for body, trips in bodies:
-                branch: list[Work] = []
+            for body, trips in _bodies(eqn):
+                is_remat = eqn.primitive.name in graph.REMAT
+                inside = whole if is_remat and is_open(eqn) else around
                 inner = _enter(eqn, body, masks)
                 wanted = _live_outputs(eqn, body, live)
-                _walk(
-                    body.eqns,
-                    inner,
-                    wanted,
-                    branch,
-                    is_open,
-                    times * trips,
-                    around,
-                    remat or is_remat,
-                )
+                trips, again = times * trips, remat or is_remat
+                branches.append(walk(body.eqns, inner, wanted, trips, inside, again))
                 _leave(eqn, body, inner, env)
-                branches.append(branch)
             if eqn.primitive.name == "cond":
                 branches = [max(branches, key=lambda b: sum(w.forward for w in b))]
-            found.extend(work for branch in branches for work in branch)
-            continue
-        run = times * forward(eqn)
-        inputs = tuple(
-            (mask, times * _one_input(eqn, i))
-            for i, (a, mask) in enumerate(zip(eqn.invars, masks, strict=True))
-            if mask and _jaxpr.is_inexact(a)
-        )
-        around = every if whole is None else whole
-        is_live = any(v in live for v in eqn.outvars)
-        found.append(Work(run, run if remat else 0.0, around, inputs, is_live))
+            for branch in branches:
+                found.extend(branch)
+            if branches:
+                continue
+            run = times * forward(eqn)
+            inputs = tuple(
+                (mask, times * _one_input(eqn, i))
+                for i, (a, mask) in enumerate(zip(eqn.invars, masks, strict=True))
+                if mask and graph.is_inexact(a)
+            )
+            is_live = any(v in live for v in eqn.outvars)
+            found.append(Work(run, run if remat else 0.0, around, inputs, is_live))
+        return found
+
+    return walk(eqns, dict(sources), outputs, 1.0, None, False)
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)
 
 
 def _enter(
@@ -143,11 +128,13 @@ def _enter(
     """Returns the masks of a body's inputs, carries at their fixed point."""
     offset = len(masks) - len(body.invars)
     if offset < 0 or eqn.primitive.name == "while":
-        every = functools.reduce(operator.or_, masks, 0)
-        return dict.fromkeys(body.invars, every)
+        return dict.fromkeys(body.invars, _union(masks))
     inner = dict(zip(body.invars, masks[offset:], strict=True))
     if eqn.primitive.name == "scan":
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        # Constants, carries, slices. Counted by rank, which a slice loses inside: from
+        # JAX 0.12 on the parameters no longer name the numbers.
+        carries = _of_one_rank(body.outvars, eqn.outvars)
+        consts = _of_one_rank(body.invars, eqn.invars) - carries
         for _ in range(carries):
             before = dict(inner)
             out = _propagate(body, inner)
@@ -158,12 +145,17 @@ def _enter(
     return inner
 
 
+def _of_one_rank(inner: Sequence[Any], outer: Sequence[Any]) -> int:
+    pairs = zip(inner, outer, strict=True)
+    return sum(len(graph.shape(a)) == len(graph.shape(b)) for a, b in pairs)
+
+
 def _propagate(body: core.Jaxpr, inputs: dict[core.Var, int]) -> list[int]:
     env = dict(inputs)
     for eqn in body.eqns:
-        masks = [env.get(a, 0) for a in eqn.invars if _jaxpr.is_var(a)]
-        env.update(dict.fromkeys(eqn.outvars, functools.reduce(operator.or_, masks, 0)))
-    return [env.get(a, 0) if _jaxpr.is_var(a) else 0 for a in body.outvars]
+        masks = [env.get(a, 0) for a in eqn.invars if is_var(a)]
+        env.update(dict.fromkeys(eqn.outvars, _union(masks)))
+    return [env.get(a, 0) if is_var(a) else 0 for a in body.outvars]
 
 
 def _live_outputs(eqn: core.JaxprEqn, body: core.Jaxpr, live: set[Any]) -> list[Any]:
@@ -178,9 +170,9 @@ def _leave(
     eqn: core.JaxprEqn, body: core.Jaxpr, inner: dict[Any, int], env: dict[Any, int]
 ) -> None:
     """Sharpens the masks of an equation's outputs where its body is a plain call."""
-    if eqn.primitive.name in _jaxpr.CALLS and len(body.outvars) == len(eqn.outvars):
+    if eqn.primitive.name in graph.CALLS and len(body.outvars) == len(eqn.outvars):
         for out, atom in zip(eqn.outvars, body.outvars, strict=True):
-            env[out] = inner.get(atom, 0) if _jaxpr.is_var(atom) else 0
+            env[out] = inner.get(atom, 0) if is_var(atom) else 0
 
 
 def forward(eqn: core.JaxprEqn) -> float:
@@ -241,15 +233,15 @@ def _bodies(eqn: core.JaxprEqn) -> list[tuple[core.Jaxpr, float]]:
 
 def _dot(eqn: core.JaxprEqn) -> float:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = _jaxpr.shape(eqn.invars[0])
+    shape = graph.shape(eqn.invars[0])
     return 2.0 * _size(eqn.outvars[0]) * math.prod(shape[d] for d in contract)
 
 
 def _conv(eqn: core.JaxprEqn) -> float:
     """Counts the taps that fall on data; padding and the holes of dilation are free."""
     numbers = eqn.params["dimension_numbers"]
-    lhs, rhs = map(_jaxpr.shape, eqn.invars[:2])
-    out = _jaxpr.shape(eqn.outvars[0])
+    lhs, rhs = map(graph.shape, eqn.invars[:2])
+    out = graph.shape(eqn.outvars[0])
     taps = 1
     for i, d in enumerate(numbers.lhs_spec[2:]):
         taps *= _taps(

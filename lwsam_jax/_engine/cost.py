@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
-from . import _checks, _flops, _jaxpr, _split
-from ._layers import Layers, Rule
-from ._selection import Cover, static_selection
+from .. import _checks
+from .cover import Cover, static_selection
+from .cut import large_remats
+from .flops import Work, works
+from .inline import inline
+from .layers import Layers
+from .rules import Rule
+from .trace import AxisEnv, trace
 
 
 _WHO = "lwsam.step_cost"
@@ -27,6 +34,8 @@ class StepCost:
         is counted to it, what has no weights to the layer whose output it takes.
       input_grad: FLOPs of the backward pass through each layer, per layer.
       weight_grad: FLOPs of each layer's own weight gradient, per layer.
+      examples: Examples in the batch: the leading axis that most arrays share in the
+        last argument of the loss that has one; None if none has.
     """
 
     layers: Layers
@@ -34,35 +43,77 @@ class StepCost:
     forward: tuple[float, ...]
     input_grad: tuple[float, ...]
     weight_grad: tuple[float, ...]
+    examples: int | None
     _reach: _Reach = dataclasses.field(repr=False)
 
     def ratio(
-        self, selection: tuple[str, ...] | Cover, normalize: str = "none"
+        self,
+        selection: tuple[str, ...] | Cover,
+        ascent: Any = None,
+        *,
+        whole_ascent: bool = False,
+        descent: float = 1.0,
     ) -> float:
-        r"""Returns the FLOPs of a step over those of a plain gradient.
+        r"""Returns the FLOPs of a step over those of a plain gradient, $F + B$.
 
-        $$1 + \frac{F_{suffix} + B_{suffix \to w'}}{F + B}$$
+        With both passes on the whole batch
 
-        the paper's Eq. 8 without the forward of the prefix, which both passes share. The
-        base optimizer and the perturbation itself are not counted.
+        $$1 + \frac{F_{suffix} + B_{suffix \to w'}}{F + B},$$
+
+        the paper's Eq. 8 without the forward of the prefix, which both passes share. An
+        ascent on a fraction $f < 1$ of the examples has a forward pass of its own; one
+        that takes no pass, along a direction at hand, is $f = 0$:
+
+        $$1 + f\,\frac{F + B_{\to w'}}{F + B}.$$
+
+        A descent on a share $d < 1$ first runs all examples at the perturbed point:
+
+        $$d + \frac{f\,(F + B_{\to w'}) + F_{suffix}}{F + B},$$
+
+        with $F$ for $F_{suffix}$ unless $f = 1$. The base optimizer and the perturbation
+        itself are not counted.
 
         Args:
           selection: A tuple of names or a `Cover` (all of whose layers have their weight
             gradients computed, whatever the mask).
-          normalize: As in `value_and_grad`; `"full"` costs a whole ascent backward pass.
+          ascent: The fraction of the examples that the ascent sees, a number or what has
+            a method `fraction(examples)`; None is the whole batch.
+          whole_ascent: Whether the ascent's backward pass reaches all leaves.
+          descent: The share of the examples that the descent gradient sees.
 
         Raises:
-          ValueError: On unknown names.
+          ValueError: On unknown names, fractions outside [0, 1], or an `ascent` that asks
+            for the number of examples where no argument of the loss has any.
+          TypeError: On an `ascent` of another kind.
         """
-        _checks.choice(_WHO, "normalize", normalize, _checks.NORMALIZE)
         chosen, _ = static_selection(_WHO, selection, self.layers)
+        f = self._fraction(ascent)
+        descent = _in_range("descent", descent)
         if not chosen:
             return 1.0
-        ascent_to = (
-            range(self._reach.inputs.shape[1]) if normalize == "full" else chosen
-        )
-        suffix = self._reach.run_again(chosen)
-        return 1.0 + (suffix + self._reach.backward(ascent_to)) / max(self.plain, 1.0)
+        ascent_to = range(len(self.layers) + 1) if whole_ascent else chosen
+        plain, whole = max(self.plain, 1.0), float(self._reach.forward.sum())
+        again = self._reach.run_again(chosen) if f == 1.0 else whole
+        climb = f * (whole + self._reach.backward(ascent_to))
+        if descent < 1.0:
+            return descent + (climb + again) / plain
+        return 1.0 + (climb - (whole - again)) / plain
+
+    def _fraction(self, ascent: Any) -> float:
+        """Returns the fraction of the examples that an ascent sees."""
+        if ascent is None or _checks.is_number(ascent):
+            return _in_range("ascent", 1.0 if ascent is None else ascent)
+        expected = "a number in [0, 1], or what has a method fraction(examples)"
+        if not callable(getattr(ascent, "fraction", None)):
+            remedy = "Pass the fraction of the batch, e.g. 0.1, or None for all of it."
+            raise TypeError(
+                _checks.message(_WHO, "ascent", expected, repr(ascent), remedy)
+            )
+        if self.examples is None:
+            got = f"{ascent!r}, and no argument of the loss has examples"
+            remedy = "Pass the batch to the loss as an argument, or a number."
+            raise ValueError(_checks.message(_WHO, "ascent", expected, got, remedy))
+        return _in_range("ascent", ascent.fraction(self.examples))
 
     def eq8(self, selection: tuple[str, ...] | Cover) -> float:
         r"""Returns the cost of the paper's Eq. 8 over a plain gradient, plus 1.
@@ -110,17 +161,31 @@ class StepCost:
             )
         return "\n".join(lines)
 
-    def prices(self, normalize: str = "none") -> tuple[float, ...]:
+    def prices(
+        self, ascent: Any = None, *, whole_ascent: bool = False, descent: float = 1.0
+    ) -> tuple[float, ...]:
         """Returns for each layer the overhead of the cover that starts at it.
 
         Covers grow towards the input, so that the price of a selection, run on its
         cover, is the largest of its layers' prices.
 
         Args:
-          normalize: As in `ratio`.
+          ascent: As in `ratio`, like the other arguments.
+          whole_ascent: Whether the ascent's backward pass reaches all leaves.
+          descent: The share of the examples that the descent gradient sees.
         """
+        options = {"whole_ascent": whole_ascent, "descent": descent}
         covers = (Cover(self.layers.from_depth(d)) for d in self.layers.depth)
-        return tuple(self.ratio(cover, normalize) - 1.0 for cover in covers)
+        return tuple(self.ratio(cover, ascent, **options) - 1.0 for cover in covers)
+
+
+def _in_range(argument: str, x: Any) -> float:
+    """Returns a fraction as a float; raises if it is none."""
+    if not _checks.is_number(x) or not 0.0 <= x <= 1.0:
+        remedy = "Pass the fraction of the batch, e.g. 0.1."
+        expected = "a number in [0, 1]"
+        raise ValueError(_checks.message(_WHO, argument, expected, repr(x), remedy))
+    return float(x)
 
 
 def step_cost(
@@ -129,7 +194,7 @@ def step_cost(
     *args: Any,
     rule: Rule | None = None,
     layers: Layers | None = None,
-    axis_env: _jaxpr.AxisEnv = None,
+    axis_env: AxisEnv = None,
 ) -> StepCost:
     """Counts the FLOPs of a loss, its gradient, and its steps of layer-wise SAM.
 
@@ -164,17 +229,32 @@ def step_cost(
     else:
         known = layers
         known.flatten("step_cost", "params", params)  # refuses another tree
-    traced, inputs = _jaxpr.trace_call(loss_fn, params, args, axis_env=axis_env)
+    program = inline(trace(loss_fn, params, args, axis_env))
     count = len(known)
-    sources = {v: 1 << (count + 1) for v in (*inputs, *traced.consts)}
-    for v, layer in zip(traced.invars, known.leaf_layer, strict=True):
+    sources = {v: 1 << (count + 1) for v in (*program.inputs, *program.consts)}
+    for v, layer in zip(program.params, known.leaf_layer, strict=True):
         sources[v] = 1 << (layer if layer >= 0 else count)
-    found = _flops.works(
-        traced.eqns, sources, traced.outvars[:1], _split.large_remats(traced)
-    )
+    found = works(program.eqns, sources, program.outputs[:1], large_remats(program))
     reach = _Reach.of(found, count)
     plain = sum(w.forward for w in found) + reach.backward(range(count + 1))
-    return StepCost(known, plain, *_by_layer(known, found), reach)
+    return StepCost(known, plain, *_by_layer(known, found), _examples(args), reach)
+
+
+def _examples(args: tuple[Any, ...]) -> int | None:
+    """Returns the leading axis that most leaves share, of the last that has one.
+
+    The last is the batch where the first is model state; a raw PRNG key is neither.
+    """
+    for arg in reversed(args):
+        shapes = [
+            x.shape
+            for x in jax.tree.leaves(arg)
+            if getattr(x, "shape", ()) and (x.dtype, x.ndim) != (np.uint32, 1)
+        ]
+        if shapes:
+            counts = collections.Counter(shape[0] for shape in shapes)
+            return counts.most_common(1)[0][0]
+    return None
 
 
 def _columns(masks: list[int], count: int) -> np.ndarray:
@@ -204,7 +284,7 @@ class _Reach:
     owner: np.ndarray
 
     @staticmethod
-    def of(found: list[_flops.Work], count: int) -> _Reach:
+    def of(found: list[Work], count: int) -> _Reach:
         live = [work for work in found if work.live]
         entries = [(i, *entry) for i, work in enumerate(live) for entry in work.inputs]
         return _Reach(
@@ -229,7 +309,7 @@ class _Reach:
 
 
 def _by_layer(
-    layers: Layers, found: list[_flops.Work]
+    layers: Layers, found: list[Work]
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
     """Attributes each equation to the deepest layer that it depends on."""
     count = len(layers)

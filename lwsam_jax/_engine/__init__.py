@@ -1,0 +1,1 @@
+"""The traced loss: trace, inline, cut, run; layers, depth, cost."""
