@@ -1,116 +1,100 @@
-"""The method as one configuration: what `layerwise_sam` and `TrainStep` share."""
+"""The method as one configuration: a value for each axis, and what all of them share."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from . import _checks, _selectors, _tree
-from ._layers import Layers, Rule
-from ._selection import LayerwiseSAMState, StaticLayers
-from ._selectors import Selector
+from . import _checks
+from ._axes import (
+    ascent as _ascent,
+    combine as _combine,
+    descent as _descent,
+    shape as _shape,
+    when as _when,
+    which,
+)
+from ._engine.layers import Layers, Rule
 
 
-_WHO = "lwsam"
-
-
-def every(n: int) -> Callable[[jax.Array], jax.Array]:
-    """Returns the predicate that is true at steps 0, n, 2n, ...
-
-    Args:
-      n: Period in steps, >= 1. `when=every(n)` perturbs in every n-th step and runs the
-        base optimizer in the others.
-
-    Raises:
-      ValueError: If n is not a positive integer.
-    """
-    if not _checks.is_number(n) or n != int(n) or n < 1:
-        remedy = "Pass the period in steps; 1 perturbs in every step."
-        raise ValueError(_checks.message("every", "n", "an integer >= 1", n, remedy))
-    return lambda step_count: step_count % int(n) == 0
+_WHO = "lwsam.Method"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LayerwiseSAM:
-    r"""Hyperparameters of layer-wise SAM, one argument for each axis of the SAM family.
+class Method:
+    r"""One method of perturbed training, as a value for each of five axes.
 
-    Which layers are perturbed (`k` or `select`), how (`rho`, `normalize`), how both
-    gradients are combined (`alpha`), and in which steps (`when`, `reuse`).
+    With the ascent direction $a$, the perturbation of the selected layers is
+    $\epsilon = \rho\,s(a)$, and the base optimizer gets $d = c(g, \hat g)$ from the
+    gradients $g$ at $w$ and $\hat g$ at $w + \epsilon$.
 
     Attributes:
-      k: Number of layers of the largest gradient norm; exactly one of k and select.
-      select: A selector `(norms f32[L], key) -> bool[L]`. There the norm of a layer that
-        may not be chosen, for a budget or because it is not finite, is -inf: a mean of
-        the others is `jnp.mean(norms, where=jnp.isfinite(norms))`.
-      rho: Perturbation radius (the paper's r), >= 0; a float or a schedule of the step
-        count.
-      alpha: Mixing weight of Eq. 6, >= 0; a float or a schedule. 1 is SAM, above it WSAM.
-      normalize: `"none"`, `"selected"` or `"full"`; see `lwsam.value_and_grad`.
+      select: WHICH layers, a selector `(norms f32[L], key) -> bool[L]`: `top_k(4)`,
+        `named(regex)`, `everything()`, `random_k(2)`, or a function.
+      rho: Radius, >= 0; a number, which a loop may set (`state.hyperparams["rho"]`), or
+        a schedule of the step count, a function of that alone. rho(t) is the radius of
+        gradient t; below 0 it counts as 0. A Python 0 is the base optimizer, bit for
+        bit.
+      ascent: FROM WHAT: `whole_batch()`, `micro_batch(fraction)`, `momentum()`,
+        `previous()`, `random()`, or a function `(batch, key) -> part of the batch`.
+      shape: HOW, $s$: `normalized()`, `raw()`, `adaptive()`, `relative()`, or any Optax
+        transformation of the ascent direction.
+      combine: WHAT, $c$: `descend()`, `mix(alpha)`, `surrogate_gap(alpha)`,
+        `reuse(weight)`, or a function `(ascent, descent) -> gradient`.
+      when: WHEN, a predicate of the step count: `always()`, `every(n)`,
+        `last(fraction, total_steps)`, `between(a, b)`, or a function; the other steps
+        are plain, but for what `reuse` does in them.
+      descent: Which examples the descent gradient sees: None, all of them, or
+        `sharpest(fraction)`. `TrainStep` only.
       rule: What a layer is; `lwsam.weights` by default.
-      layers: The layers, if known already (`Layers.of(params, rule, loss_fn, *args)`
-        knows their depth).
+      layers: The layers, if known already; then `rule` is not read.
       axis_name: Mapped axis inside pmap or shard_map; `TrainStep` sets its own.
       seed: Seed of selectors that draw at random.
-      when: Predicate `step_count int32[] -> bool[]`, such as `lwsam.every(2)`; the other
-        steps are plain, but for `reuse`. None perturbs in every step.
-      reuse: Only for `TrainStep`, and only where every layer is perturbed: the steps in
-        which `when` is false add a stored direction to their gradient g, as
-        $g + a\,(\|g\| / \|g_v\|)\,g_v$. The weight $a$ is `reuse`, finite and >= 0; $g_v$
-        is the part of the last perturbed gradient that is orthogonal to its ascent
-        gradient. This is LookSAM (Liu et al., CVPR 2022, arXiv:2203.02714). None runs
-        them plain.
-      max_overhead: Only for `TrainStep`: no step costs more than 1 + max_overhead plain
+      max_overhead: `TrainStep` only: no step costs more than 1 + max_overhead plain
         gradients in FLOPs; the layers are chosen among those that keep it so.
-      mean_overhead: Only for `TrainStep`: the mean step costs no more than
+      mean_overhead: `TrainStep` only: the mean step costs no more than
         1 + mean_overhead. What a step leaves of its share is saved, up to the price of
         perturbing everything; as soon as the savings pay for the selector's free choice
         it is taken, and in the other steps its choice among what the share alone pays.
 
     Raises:
-      ValueError: For numbers out of range, or neither or both of k and select.
+      ValueError: For numbers out of range, or parts that cannot be right together.
       TypeError: For arguments of the wrong kind.
+
+    Examples:
+      >>> import lwsam_jax as lwsam
+      >>> method = lwsam.Method(
+      ...     lwsam.top_k(4), rho=0.05, ascent=lwsam.micro_batch(0.1),
+      ...     shape=lwsam.relative(),
+      ... )
     """
 
-    k: Any = None
+    select: which.Selector
     _: dataclasses.KW_ONLY
-    select: Selector | None = None
     rho: Any
-    alpha: Any
-    normalize: str = "none"
+    ascent: Any = dataclasses.field(default_factory=_ascent.whole_batch)
+    shape: Any = dataclasses.field(default_factory=_shape.normalized)
+    combine: Any = dataclasses.field(default_factory=_combine.descend)
+    when: Any = dataclasses.field(default_factory=_when.always)
+    descent: Any = None
     rule: Rule | None = None
     layers: Layers | None = None
     axis_name: Any = None
     seed: Any = 0
-    when: Callable[[jax.Array], jax.Array] | None = None
     max_overhead: float | None = None
     mean_overhead: float | None = None
-    reuse: float | None = None
 
     def __post_init__(self) -> None:
         """Checks what can be checked before parameters are known."""
-        if (self.k is None) == (self.select is None):
-            got = "neither" if self.k is None else "both"
-            remedy = (
-                "Pass k=4 for the four layers of largest norm, or select=<selector>."
-            )
-            raise ValueError(
-                _checks.message(
-                    _WHO, "k", "given if and only if `select` is not", got, remedy
-                )
-            )
-        if self.k is not None:
-            _checks.count_of_layers(_WHO, "k", self.k)
-        else:
-            remedy = "Pass lwsam.top_k(4), or a function (norms, key) -> bool mask."
-            _checks.is_callable(_WHO, "select", self.select, remedy)
+        remedy = "Pass lwsam.top_k(4), or a function (norms, key) -> bool mask."
+        _checks.is_callable(_WHO, "select", self.select, remedy)
         _checks.rho(_WHO, self.rho)
-        _checks.alpha(_WHO, self.alpha)
-        _checks.choice(_WHO, "normalize", self.normalize, _checks.NORMALIZE)
+        _shape.check(_WHO, self.shape)
+        remedy = "Pass lwsam.every(2), or a function of the step count."
+        _checks.is_callable(_WHO, "when", self.when, remedy)
         if self.rule is not None:
             remedy = "Pass lwsam.weights, lwsam.modules, lwsam.leaves, or a function."
             _checks.is_callable(_WHO, "rule", self.rule, remedy)
@@ -119,45 +103,51 @@ class LayerwiseSAM:
             raise TypeError(
                 _checks.message(_WHO, "layers", "Layers or None", self.layers, remedy)
             )
-        if self.when is not None:
-            remedy = "Pass lwsam.every(2), or a function of the step count."
-            _checks.is_callable(_WHO, "when", self.when, remedy)
         for name in ("max_overhead", "mean_overhead"):
             bound = getattr(self, name)
             if bound is not None:
                 _checks.budget(_WHO, name, bound)
-        if self.reuse is not None:
-            self._check_reuse()
-
-    def _check_reuse(self) -> None:
-        remedy = "0.7 is a common weight; None runs the steps between ascents plain."
-        _checks.non_negative(_WHO, "reuse", self.reuse, remedy)
-        budget = self.max_overhead is not None or self.mean_overhead is not None
-        everywhere = self.select is _selectors.everything()
-        number = _checks.is_number(self.reuse)
-        if not number or not everywhere or self.when is None or budget:
-            expected = "a number, `select` everything(), with `when` and no budget"
-            remedy = (
-                "LookSAM: select=lwsam.everything(), when=lwsam.every(3), reuse=0.7."
-            )
-            raise ValueError(
-                _checks.message(_WHO, "reuse", expected, self.reuse, remedy)
-            )
+        if self.descent is not None:
+            _descent.check(_WHO, self.descent)
+        set_to = object.__setattr__
+        set_to(self, "ascent", _ascent.as_ascent(_WHO, self.ascent))
+        set_to(self, "combine", _combine.as_combine(_WHO, self.combine))
+        self.combine.refuse(_WHO, self)
+        if self.descent is not None:
+            self.descent.refuse(_WHO, self)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is known now that no step perturbs anything."""
-        no_layer = _checks.is_number(self.k) and self.k == 0
         no_radius = _checks.is_number(self.rho) and self.rho == 0
-        return no_layer or no_radius or self.select is _selectors.nothing()
+        return no_radius or which.selects_nothing(self.select)
 
-    def rho_at(self, step_count: jax.Array) -> Any:
-        """Returns the radius of a step."""
-        return self.rho(step_count) if callable(self.rho) else self.rho
+    @property
+    def is_stale(self) -> bool:
+        """Whether the direction is known before a step, which then takes no ascent."""
+        return not isinstance(self.ascent, _ascent.Part)
 
-    def alpha_at(self, step_count: jax.Array) -> Any:
-        """Returns the mixing weight of a step."""
-        return self.alpha(step_count) if callable(self.alpha) else self.alpha
+    def hyperparams(self, dtype: Any) -> dict[str, jax.Array]:
+        """Returns what a loop may set, as arrays of a dtype: numbers, schedules at 0.
+
+        An array or tracer, as `optax.inject_hyperparams` passes it, is set elsewhere.
+        """
+        if self.is_plain:
+            return {}
+        at_first = lambda x: jnp.asarray(x(jnp.int32(0)) if callable(x) else x, dtype)
+        found = {"rho": self.rho, "alpha": self.combine.alpha}
+        is_ours = lambda x: callable(x) or _checks.is_number(x)
+        return {name: at_first(x) for name, x in found.items() if is_ours(x)}
+
+    def scheduled(self, hyperparams: dict[str, Any], step: Any) -> dict[str, Any]:
+        """Returns the hyperparameters of a step: as set, but for what has a schedule."""
+        of = {"rho": self.rho, "alpha": self.combine.alpha}
+        return {
+            name: jnp.asarray(of[name](step), jnp.asarray(x).dtype)
+            if callable(of[name])
+            else x
+            for name, x in hyperparams.items()
+        }
 
     def layers_of(
         self, params: Any, loss_fn: Any = None, *args: Any, axis_env: Any = None
@@ -168,66 +158,21 @@ class LayerwiseSAM:
         self.layers.flatten(_WHO, "params", params)
         return self.layers
 
-    def init(self, params: Any, layers: Layers) -> LayerwiseSAMState:
-        """Returns the state before the first step, with the first mask."""
-        dtype = _tree.accumulation_dtype(*jax.tree.leaves(params))
-        norms = jnp.zeros((len(layers),), dtype)
-        step_count = jnp.zeros((), jnp.int32)
-        return LayerwiseSAMState(
-            step_count=step_count,
-            norms=norms,
-            mask=self.choose(norms, step_count, layers),
-            value=jnp.full((), jnp.inf, dtype),
-            layers=StaticLayers(layers),
-        )
-
-    def advance(
-        self,
-        state: LayerwiseSAMState,
-        norms: jax.Array,
-        value: jax.Array,
-        layers: Layers,
-        mask: jax.Array | None = None,
-    ) -> LayerwiseSAMState:
-        """Returns the state after a step, with the mask of the next (lines 9 and 4)."""
-        norms = norms.astype(state.norms.dtype)
-        step_count = jnp.asarray(optax.safe_increment(state.step_count))
-        return state._replace(
-            step_count=step_count,
-            norms=norms,
-            mask=self.choose(norms, step_count, layers) if mask is None else mask,
-            value=value.astype(state.value.dtype),
-            layers=StaticLayers(layers),
-        )
-
     def choose(
         self,
         norms: jax.Array,
-        step_count: jax.Array,
+        step: jax.Array,
         layers: Layers,
         eligible: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns bool[L], the layers that a step perturbs.
+        """Returns bool[L], the layers that a step perturbs: WHICH and WHEN.
 
         Args:
           norms: f32[L], of the last step known.
-          step_count: Number of the step that the choice is for.
+          step: Number of the step that the choice is for.
           layers: The layers.
           eligible: bool[L], which of them may be chosen; None: all.
         """
-        selector = _selectors.top_k(self.k) if self.select is None else self.select
-        selector = _selectors.bind(selector, layers)
-        allowed = jnp.isfinite(norms)
-        if eligible is not None:
-            allowed = allowed & eligible
-        # -inf, not NaN: it sorts last, and no selector takes a norm that is not finite.
-        offered = jnp.where(allowed, norms, -jnp.inf)
-        key = jax.random.fold_in(jax.random.key(self.seed), step_count)
-        mask = jnp.asarray(selector(offered, key))
-        if mask.shape != norms.shape or mask.dtype != jnp.bool_:
-            remedy = "Return one bool for each layer, in pytree order."
-            got = f"{mask.dtype}{list(mask.shape)}"
-            expected = f"a function to bool[{len(layers)}]"
-            raise ValueError(_checks.message(_WHO, "select", expected, got, remedy))
-        mask = mask & allowed
-        return mask if self.when is None else mask & self.when(step_count)
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        mask = which.choose(self.select, norms, key, layers, eligible)
+        return mask & self.when(step)

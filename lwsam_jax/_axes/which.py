@@ -1,4 +1,9 @@
-"""Selectors: which layers a step perturbs, from their norms, in-graph."""
+"""WHICH layers a step perturbs: selectors, from the layers' gradient norms, in-graph.
+
+A selector of one's own is a function `(norms f32[L], key) -> bool[L]`. There the norm of
+a layer that may not be chosen, for a budget or because it is not finite, is -1: a mean
+of the others is `jnp.mean(norms, where=norms >= 0)`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _checks
-from ._layers import Layers
+from .. import _checks
+from .._engine.layers import Layers
 
 
 Selector = Callable[[jax.Array, jax.Array], jax.Array]
@@ -54,9 +59,15 @@ class _Best:
         return dataclasses.replace(self, depth=layers.depth)
 
     def __call__(self, norms: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        finite = jnp.isfinite(norms)
-        scores = jnp.where(finite, self.score(norms, key), -jnp.inf)
-        return (_ranks(scores, self.depth) < self.k) & finite
+        allowed = _allowed(norms)
+        # The lowest number, not -inf: jax_debug_infs stops on that.
+        lowest = jnp.finfo(norms.dtype).min
+        scores = jnp.where(allowed, self.score(norms, key), lowest)
+        return (_ranks(scores, self.depth) < self.k) & allowed
+
+
+def _allowed(norms: jax.Array) -> jax.Array:
+    return jnp.isfinite(norms) & (norms >= 0)
 
 
 def _high(norms, key):
@@ -142,7 +153,7 @@ class _Named:
                     "named", "layers", "known", "an unbound selector", remedy
                 )
             )
-        return jnp.asarray(self.chosen) & jnp.isfinite(norms)
+        return jnp.asarray(self.chosen) & _allowed(norms)
 
 
 def named(regex: str) -> Selector:
@@ -171,7 +182,7 @@ def named(regex: str) -> Selector:
 
 def _everything(norms: jax.Array, key: jax.Array | None = None) -> jax.Array:
     del key
-    return jnp.isfinite(norms)
+    return _allowed(norms)
 
 
 def _nothing(norms: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -192,3 +203,50 @@ def nothing() -> Selector:
 def bind(selector: Selector, layers: Layers) -> Selector:
     """Tells a selector which layers there are, if it wants to know."""
     return selector.bind(layers) if hasattr(selector, "bind") else selector
+
+
+def always_chosen(selector: Selector, layers: Layers) -> tuple[bool, ...] | None:
+    """Returns the layers that a selector chooses in every step, None if not known."""
+    if selector is _everything:
+        return (True,) * len(layers)
+    if selector is _nothing:
+        return (False,) * len(layers)
+    return getattr(bind(selector, layers), "chosen", None)
+
+
+def choose(
+    selector: Selector,
+    norms: jax.Array,
+    key: jax.Array,
+    layers: Layers,
+    eligible: jax.Array | None = None,
+) -> jax.Array:
+    """Returns bool[L], what a selector chooses among the layers that it may.
+
+    Args:
+      selector: The selector.
+      norms: f32[L], of the last step known.
+      key: PRNG key of the choice.
+      layers: The layers.
+      eligible: bool[L], which of them may be chosen; None: all.
+
+    Raises:
+      ValueError: If the selector returns no mask.
+    """
+    allowed = jnp.isfinite(norms)
+    if eligible is not None:
+        allowed = allowed & eligible
+    offered = jnp.where(allowed, norms, -1.0)
+    mask = jnp.asarray(bind(selector, layers)(offered, key))
+    if mask.shape != norms.shape or mask.dtype != jnp.bool_:
+        remedy = "Return one bool for each layer, in pytree order."
+        got = f"{mask.dtype}{list(mask.shape)}"
+        expected = f"a function to bool[{len(layers)}]"
+        raise ValueError(_checks.message("lwsam", "select", expected, got, remedy))
+    return mask & allowed
+
+
+def selects_nothing(selector: Selector) -> bool:
+    """Returns whether it is known now that a selector never chooses a layer."""
+    k = getattr(selector, "k", None)
+    return selector is _nothing or (_checks.is_number(k) and k == 0)

@@ -1,0 +1,1 @@
+"""The five axes of perturbed training: which, ascent, shape, combine, when."""

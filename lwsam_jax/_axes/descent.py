@@ -1,0 +1,97 @@
+"""Which examples the descent gradient sees, where that is not the whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import _checks
+from .ascent import batch_size, whole_batch
+
+
+_WHO = "sharpest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpest:
+    """The examples whose loss the perturbation raises most.
+
+    Attributes:
+      fraction: Share of the examples.
+    """
+
+    fraction: float
+
+    def of(self, batch: Any, clean: Any, perturbed: Any) -> Any:
+        """Returns these examples of a batch, from the metrics of both passes."""
+        losses = [_losses(metrics) for metrics in (perturbed, clean)]
+        examples = batch_size(_WHO, batch)
+        if losses[0].shape != (examples,):
+            remedy = "Return one loss for each example."
+            expected = f"f32[{examples}]"
+            got = f"{losses[0].dtype}{list(losses[0].shape)}"
+            raise ValueError(
+                _checks.message(_WHO, 'metrics["losses"]', expected, got, remedy)
+            )
+        count = math.floor(self.fraction * examples + 1e-9)
+        if count < 1:
+            remedy = "Take a larger share."
+            got = f"{self.fraction}, which is 0 of {examples} examples"
+            expected = "a share that gives 1 example or more"
+            raise ValueError(_checks.message(_WHO, "fraction", expected, got, remedy))
+        _, places = jax.lax.top_k(losses[0] - losses[1], count)
+        return jax.tree.map(lambda x: x[places] if jnp.ndim(x) else x, batch)
+
+    def refuse(self, who: str, method: Any) -> None:
+        """Raises where the clean losses of the whole batch are not known."""
+        if method.ascent != whole_batch():
+            remedy = "Pass ascent=lwsam.whole_batch(), or no `descent`."
+            expected = "None, for this ascent does not see the whole batch"
+            raise ValueError(_checks.message(who, "descent", expected, self, remedy))
+
+
+def sharpest(fraction: float) -> Sharpest | None:
+    r"""Returns the descent on the examples whose loss the perturbation raises most.
+
+    Of B examples the `floor(fraction * B)` of largest
+    $\ell_i(w + \epsilon) - \ell_i(w)$, read from `metrics["losses"]`, f32[B], which the
+    loss must return. ESAM's data selection (Du et al., ICLR 2022, arXiv:2110.03141); one
+    more forward pass over the batch. On several devices each takes its share of its own.
+
+    Args:
+      fraction: Share of the examples, in (0, 1]; 1 is None, all of them.
+
+    Raises:
+      ValueError: For a number out of range.
+    """
+    if not _checks.is_number(fraction) or not 0 < fraction <= 1:
+        remedy = "0.5 takes the descent on the sharper half of the batch."
+        raise ValueError(
+            _checks.message(_WHO, "fraction", "in (0, 1]", repr(fraction), remedy)
+        )
+    return None if fraction == 1 else Sharpest(float(fraction))
+
+
+def check(who: str, descent: Any) -> None:
+    """Raises on what is no choice of examples."""
+    if not isinstance(descent, Sharpest):
+        remedy = "Pass lwsam.sharpest(0.5), or None for the whole batch."
+        expected = "lwsam.sharpest(fraction) or None"
+        raise TypeError(
+            _checks.message(who, "descent", expected, repr(descent), remedy)
+        )
+
+
+def _losses(metrics: Any) -> jax.Array:
+    try:
+        return jnp.asarray(metrics["losses"])
+    except (KeyError, TypeError, IndexError):
+        remedy = 'Return {"losses": losses}, f32[B], among the metrics of the loss.'
+        got = f"{jax.tree.structure(metrics)}"
+        raise ValueError(
+            _checks.message(_WHO, "metrics", 'a dict with "losses"', got, remedy)
+        ) from None
