@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import collections
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,26 +13,33 @@ import optax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from . import _checks, _cost, _selection, _step_checks
-from ._devices import Devices
-from ._executables import Executables
-from ._layers import Layers
-from ._method import LayerwiseSAM
-from ._one_step import OneStep, StepInfo, TrainState
-from ._selection import Cover
-from ._step_checks import WHO
+from .. import _checks
+from .._engine.cost import StepCost
+from .._engine.cover import Cover
+from .._engine.layers import Layers
+from .._loops import state as _state
+from .._loops.refresh import at_least_one
+from .._method import Method
+from . import executables as _executables, step_checks as _step_checks
+from .devices import Devices
+from .executables import Executables, Menu
+from .one_step import OneStep, StepInfo, TrainState
+from .step_checks import WHO
+from .study import study, warn_if_nothing_is_affordable
 
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Any]]]
 
 
 class TrainStep:
-    """Trains by layer-wise SAM, each step on an executable that fits its selection.
+    """Trains by a method, each step on an executable that fits its selection.
 
     Between steps the host reads the mask, L bytes, and runs the cheapest executable that
-    contains the selected layers: covers (every layer from a depth on, at most L + 1),
-    and up to `exact_sets` sets that the selections seen so far call for. Both passes see
-    the same PRNG key; the model state and the metrics are those of the clean pass.
+    contains the selected layers. There are few: the plain step, and covers (every layer
+    from a depth on) spread over the price; a selector whose layers are known beforehand
+    gets exactly these. Both passes see the same PRNG key; the model state and the metrics
+    are those of the clean pass, or of the descent where the ascent has a batch of its
+    own.
 
     Args:
       loss_fn: `loss_fn(params, model_state, batch, key) -> (loss, (model_state,
@@ -41,16 +47,17 @@ class TrainStep:
         mapped axis is named by `axis_name`.
       base_optimizer: Any Optax transformation; it gets the penalized gradient, and
         `value=` if it takes extra arguments.
-      method: A `LayerwiseSAM`.
+      method: A `Method`: `lwsam.LayerwiseSAM(...)`, `lwsam.sam(...)`, or parts of one's
+        choice.
       parallel: None for one device; "pmap" over the local devices; a
         `jax.sharding.Mesh` for data parallelism over all its axes.
-      exact_sets: How many executables may stand beside the covers; 0: covers alone. They
-        are added after every 4th step up to 192, then after steps 256, 384, 512, 768,
-        ...; one that has been idle for half of the run makes room, the least recently
-        used first.
+      max_executables: How many executables there may be, the plain step included; sets
+        that differ by less than 2 % in price are one.
       selection_lag: 0: a step perturbs the layers that the norms of the step before
         select (Algorithm 1). n: those of the step n before that, so that the host does
         not wait for the device.
+      donate: Whether a step donates the state that goes in, to save its memory. With
+        False the state and its parts can be kept; with True copy what you keep.
 
     Attributes:
       layers: The layers, once `init` or the first step has seen the parameters.
@@ -58,12 +65,11 @@ class TrainStep:
       axis_name: Name (or names) of the mapped axis inside the loss, or None.
       executables: The covers for which a step was compiled, in order of first use.
       compile_seconds: Wall time spent in first calls.
-      evictions: Executables dropped for others.
 
     Raises:
       TypeError: For arguments of the wrong kind; for a call under `jit`.
-      ValueError: For an unknown `parallel`, an optimizer with MultiSteps or with a
-        layerwise_sam of its own, batches that do not divide by the devices.
+      ValueError: For an unknown `parallel`, an optimizer with a layerwise_sam or a
+        perturbed of its own, batches that do not divide by the devices.
 
     Examples:
       >>> import jax, optax, jax.numpy as jnp, lwsam_jax as lwsam
@@ -83,34 +89,37 @@ class TrainStep:
         self,
         loss_fn: LossFn,
         base_optimizer: optax.GradientTransformation,
-        method: LayerwiseSAM,
+        method: Method,
         parallel: str | Mesh | None = None,
         *,
-        exact_sets: int = 24,
+        max_executables: int = 9,
         selection_lag: int = 0,
+        donate: bool = True,
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
         _step_checks.arguments(loss_fn, base_optimizer, method)
-        remedy = "Pass how many executables may be added; 0: covers alone."
-        _checks.count(WHO, "exact_sets", exact_sets, remedy)
+        _executables.check_most(WHO, max_executables)
         remedy = "Pass by how many steps the norms are late; 0 is Algorithm 1."
         _checks.count(WHO, "selection_lag", selection_lag, remedy)
         self._loss_fn = loss_fn
         self._optimizer = optax.with_extra_args_support(base_optimizer)
         self._method = method
-        self._devices = Devices(WHO, parallel)
-        self._exact_sets, self._lag = exact_sets, selection_lag
+        self._devices = Devices(WHO, parallel, donate)
+        self._most, self._lag = max_executables, selection_lag
         self._executables: Executables | None = None
         self._one: Any = None  # the OneStep, once the layers are known
+        self._menu: Menu | None = None
         self._scans: dict[int, Callable[..., Any]] = {}
-        self._history: dict[str, Any] | None = None
+        self._refresh: Any = None
         # The masks of the state returned last, as copies that earlier steps made: they
         # can be read without waiting for the last one.
         self._due: collections.deque[Any] = collections.deque()
         self._latest: Any = None
+        self._hyperparams: dict[str, Any] | None = None
+        self._known: np.ndarray | None = None
         self.axis_name = self._devices.axis_name
         self.layers: Layers | None = None
-        self.cost: _cost.StepCost | None = None
+        self.cost: StepCost | None = None
 
     @property
     def executables(self) -> tuple[Cover, ...]:
@@ -121,11 +130,6 @@ class TrainStep:
     def compile_seconds(self) -> float:
         """Wall time of first calls: tracing, compiling, dispatching."""
         return self._executables.compile_seconds if self._executables else 0.0
-
-    @property
-    def evictions(self) -> int:
-        """How many executables were dropped for others."""
-        return self._executables.evictions if self._executables else 0
 
     def init(
         self, params: Any, model_state: Any, example_batch: Any, *, key: jax.Array
@@ -145,13 +149,7 @@ class TrainStep:
         """
         self._study(params, model_state, example_batch, key)
         state = self._one.init(params, model_state, key)
-        _selection.refuse_multi_steps(WHO, state.opt_state)
-        if _selection.find_states(state.opt_state):
-            remedy = "Pass the bare base optimizer; TrainStep does the rest."
-            got = "a layerwise_sam in it"
-            raise ValueError(
-                _checks.message(WHO, "base_optimizer", "without one", got, remedy)
-            )
+        _step_checks.optimizer_state(state.opt_state)
         # Steps donate their state: the caller keeps its arrays, and a buffer that two
         # leaves share could not be donated twice.
         return self._devices.place_state(jax.tree.map(_copy, state))
@@ -160,7 +158,8 @@ class TrainStep:
         """Runs one step; the state that goes in is donated, use the one that comes out.
 
         Args:
-          state: From `init`, from the step before, or restored from a checkpoint.
+          state: From `init`, from the step before, or restored from a checkpoint; its
+            `hyperparams` as the loop likes them.
           batch: Global batch; every array has the batch as its first axis, scalars are
             replicated.
 
@@ -169,25 +168,27 @@ class TrainStep:
 
         Raises:
           TypeError: Under tracing.
-          ValueError: If the batch does not divide by the devices.
+          ValueError: If the batch does not divide by the devices, or the state was
+            donated to a step before.
         """
         self._prepare(state, batch)
+        state = self._take_hyperparams(state)
         assert self._executables is not None
         batch = self._devices.place(batch)
-        due = self._due
+        due, known = self._due, self._known
         if state.method_state is not self._latest:
             # Of another run, or from a checkpoint. Read now: the step donates them.
             queue = (state.method_state.mask, *state.method_state.pending)
-            due = collections.deque(map(_selection.read_mask, queue))
-        if self._method.is_plain:  # nothing to wait for
-            mask = np.zeros(due[0].shape, bool)
-        else:
-            mask = np.asarray(due[0])  # a copy on each device, whatever hosts they have
+            due = collections.deque(map(_state.read_mask, queue))
+            known = known if self._method.is_plain else None  # it may be another mask
+        # A copy on each device, whatever hosts they have; where it is known, no waiting.
+        mask = np.asarray(due[0]) if known is None else known
         state, info, decided = self._executables.run(mask, state, batch)
         # Only now: a step that raises, for its batch say, leaves the queue as it was.
         due.popleft()
         due.append(decided)
         self._due, self._latest = due, state.method_state
+        self._hyperparams = dict(state.hyperparams)
         return state, info
 
     def scan(
@@ -202,9 +203,9 @@ class TrainStep:
         Args:
           state: As for a step; donated.
           batches: A batch whose arrays have one more axis in front, of T steps.
-          covers: How many covers are compiled beside the plain step, spread evenly over
-            the price of what the budget admits. None is 4, or all of them where a
-            `mean_overhead` has to be met, for it charges each selection its own cover.
+          covers: How many executables' bodies are compiled beside the plain one, spread
+            over the price. None is 4, or all of them where a `mean_overhead` has to be
+            met, for it charges each selection what the loop would run.
 
         Returns:
           The state after T steps, and a `StepInfo` whose arrays have a first axis T.
@@ -218,12 +219,14 @@ class TrainStep:
             _checks.count(f"{WHO}.scan", "covers", covers, remedy)
         first = jax.tree.map(_step_checks.one_of_many, batches)
         self._prepare(state, first)
+        state = self._take_hyperparams(state)
+        assert self._menu is not None
         if covers is None:
-            assert self.layers is not None
             few = self._method.mean_overhead is None
-            covers = 4 if few else len(self.layers)
+            covers = 4 if few else len(self._menu.covers)
         if covers not in self._scans:
-            self._scans[covers] = self._devices.compile(self._one.many(covers), lead=1)
+            many = self._one.many(self._menu.few(covers))
+            self._scans[covers] = self._devices.compile(many, lead=1)
         return self._scans[covers](state, self._devices.place(batches, lead=1))
 
     def lower(self, state: TrainState, batch: Any, selection: Any = None) -> Any:
@@ -236,47 +239,46 @@ class TrainStep:
         """
         self._prepare(state, batch)
         if selection is None:
-            selection = _selection.selection(state, cover="depth")
+            assert self._menu is not None
+            selected: Any = _state.selection(state)
+            selection = self._menu.fitting(self._menu.bits(selected))
         return self._build(selection).lower(state, self._devices.place(batch))
 
-    def history(self) -> dict[str, Any]:
-        """Returns what the choice of executables depends on, fit for JSON.
+    def refresh(self, state: TrainState, batches: Iterable[Any]) -> TrainState:
+        """Returns the state with its model state re-estimated, forward only.
 
-        Where executables agree bit for bit, as on CPU, no parameter, norm or mask depends
-        on it, only what `info.overhead` and its mean report. Elsewhere a run that is
-        resumed with `restore_history` repeats the choices of an unbroken one.
-        """
-        if self._executables is None:
-            return self._history or {}
-        return self._executables.history()
-
-    def restore_history(self, history: dict[str, Any]) -> None:
-        """Takes over what `history()` returned, before the next step.
+        The running averages of a BatchNorm are those of the weights at which gradients
+        were taken. This continues them at the parameters of the state, which are the
+        unperturbed ones, batch by batch. See `lwsam.refresh`.
 
         Args:
-          history: From the `history()` of a step with the same loss and method.
+          state: A state; not donated.
+          batches: Global batches, as for a step.
+
+        Returns:
+          The state, with another `model_state`.
 
         Raises:
-          ValueError: If it is of other layers; raised by `init` if that comes later.
+          ValueError: If there is no batch.
         """
-        self._history = history or None
-        if self._executables is not None:
-            self._take_over_history(self._executables)
+        for i, batch in enumerate(at_least_one(f"{WHO}.refresh", batches)):
+            self._prepare(state, batch)
+            if self._refresh is None:
+                self._refresh = self._devices.compile(self._one.refresh, donates=False)
+            number = jnp.int32(i)
+            placed = self._devices.place((batch, number))
+            state = state._replace(model_state=self._refresh(state, placed))
+        return state
 
-    def _take_over_history(self, executables: Executables) -> None:
-        if not self._history:
-            return
-        try:
-            executables.restore(self._history)
-        except (KeyError, TypeError, ValueError) as error:
-            remedy = "Pass what history() of a TrainStep with the same layers returned."
-            expected = "a history of these layers"
-            got = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                _checks.message(WHO, "history", expected, got, remedy)
-            ) from error
-        finally:
-            self._history = None  # a later `init` begins another run
+    def _take_hyperparams(self, state: TrainState) -> TrainState:
+        """Gives hyperparameters that a loop has set the dtype that a step compiles for.
+
+        Copies, for steps donate their state and the loop may set one array twice.
+        """
+        known, now = self._hyperparams, state.hyperparams
+        if known and len(known) == len(now) and all(now[k] is known[k] for k in now):
+            return state
+        return state._replace(hyperparams=_step_checks.hyperparams(state, self._method))
 
     def _prepare(self, state: TrainState, batch: Any) -> None:
         leaves = [state.step, *jax.tree.leaves(batch)]
@@ -287,51 +289,42 @@ class TrainStep:
                     WHO, "state", "concrete", "a tracer (under jit)", remedy
                 )
             )
+        if getattr(state.step, "is_deleted", bool)():
+            remedy = (
+                "Use the state that the step returned, or pass TrainStep(donate=False)."
+            )
+            got = "one that was donated to a step before"
+            raise ValueError(_checks.message(WHO, "state", "a live one", got, remedy))
         if self._executables is None:
             self._study(state.params, state.model_state, batch, state.key)
 
     def _study(self, params: Any, model_state: Any, batch: Any, key: jax.Array) -> None:
-        """Finds the layers and what they cost, from the shapes of one device's share."""
-        args = (model_state, jax.tree.map(self._devices.share, batch), key)
-        axes = self._devices.axis_sizes()
-        _step_checks.loss(self._loss_fn, (params, *args), axes)
-        method = self._method
-        layers = method.layers_of(params, self._loss_fn, *args, axis_env=axes)
-        cost = _cost.step_cost(
-            self._loss_fn, params, *args, layers=layers, axis_env=axes
-        )
-        one = OneStep(
+        """Finds the layers, what they cost, and what steps may run on."""
+        found = study(
             self._loss_fn,
-            self._optimizer,
-            method,
+            self._method,
             self._devices,
-            layers,
-            cost,
-            self._lag,
-        )
-        executables = Executables(
-            layers,
-            ratio=one.ratio,
-            build=self._build,
-            exact_sets=self._exact_sets,
-            bound=method.max_overhead,
-            # The mean is kept by charging covers: nothing dearer may run.
-            at_most_own=method.mean_overhead is not None,
+            self._most,
+            params,
+            model_state,
+            batch,
+            key,
         )
         # All or nothing: what failed above is studied again by the next call.
-        self.layers, self.cost, self._one = layers, cost, one
-        self._executables = executables
+        self.layers, self.cost = found.layers, found.cost
+        self._menu, self._known = found.menu, found.known
+        self._one = OneStep(
+            self._loss_fn,
+            self._optimizer,
+            self._method,
+            self._devices,
+            found,
+            self._lag,
+        )
+        self._executables = Executables(found.menu, self._build)
         self._scans.clear()
-        self._take_over_history(executables)
-        if one.purse.affords_nothing:
-            prices = cost.prices(method.normalize)
-            cheapest = min(range(len(prices)), key=prices.__getitem__)
-            warnings.warn(
-                f"{WHO}: `max_overhead`={method.max_overhead} is below the price of any "
-                f"layer, so every step is plain. The cheapest, "
-                f"{layers.names[cheapest]}, costs {prices[cheapest]:.4f}.",
-                stacklevel=4,
-            )
+        self._refresh = None
+        warn_if_nothing_is_affordable(self._method, found.menu)
 
     def _build(self, selection: tuple[str, ...] | Cover) -> Any:
         return self._devices.compile(
@@ -340,5 +333,7 @@ class TrainStep:
 
 
 def _copy(x: Any) -> jax.Array:
-    """Returns an array with a buffer of its own."""
-    return x.copy() if isinstance(x, jax.Array) else jnp.array(x)
+    """Returns an array with a buffer and a dtype of its own: a weak one traces again."""
+    if not isinstance(x, jax.Array):
+        return jnp.array(x)
+    return jnp.array(x, x.dtype) if getattr(x, "weak_type", False) else x.copy()

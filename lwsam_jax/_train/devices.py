@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _checks
+from .. import _checks
 
 
 _PMAP_AXIS = "data"
@@ -24,9 +24,9 @@ class Devices:
       count: Number of devices that share a batch.
     """
 
-    def __init__(self, who: str, parallel: Any) -> None:
+    def __init__(self, who: str, parallel: Any, donate: bool = True) -> None:
         """Refuses what is none of the three."""
-        self._who = who
+        self._who, self._donate = who, donate
         self._mesh = parallel if isinstance(parallel, Mesh) else None
         self.axis_name: Any = None
         self.count = 1
@@ -87,8 +87,11 @@ class Devices:
             return PartitionSpec()
         return PartitionSpec(*[None] * lead, self.axis_name)
 
-    def compile(self, local: Callable[..., Any], lead: int = 0) -> Any:
-        """Returns `local(state, batch)` as a jitted step that donates its state."""
+    def compile(
+        self, local: Callable[..., Any], lead: int = 0, donates: bool = True
+    ) -> Any:
+        """Returns `local(state, batch)` as a jitted step that may donate its state."""
+        donated = (0,) if donates and self._donate else ()
         if self._mesh is not None:
             mesh = self._mesh
 
@@ -106,10 +109,10 @@ class Devices:
                     check_vma=False,
                 )(state, batch)
 
-            return jax.jit(sharded, donate_argnums=0)
+            return jax.jit(sharded, donate_argnums=donated)
         if self.axis_name is not None:
-            return _Pmapped(local, lead)
-        return jax.jit(local, donate_argnums=0)
+            return _Pmapped(local, lead, donated)
+        return jax.jit(local, donate_argnums=donated)
 
     def average(self, model_state: Any, metrics: Any) -> tuple[Any, Any]:
         """Averages float leaves over the devices; sums integer metrics."""
@@ -138,8 +141,10 @@ def _mean_or(x: Any, axis: Any, otherwise: Callable[[Any], Any]) -> Any:
 class _Pmapped:
     """A pmapped step; the axes of a batch are known only when it comes."""
 
-    def __init__(self, local: Callable[..., Any], lead: int) -> None:
-        self._local, self._lead = local, lead
+    def __init__(
+        self, local: Callable[..., Any], lead: int, donated: tuple[int, ...]
+    ) -> None:
+        self._local, self._lead, self._donated = local, lead, donated
         self._steps: dict[Any, Any] = {}
 
     def _step(self, batch: Any) -> Any:
@@ -152,7 +157,7 @@ class _Pmapped:
                 axis_name=_PMAP_AXIS,
                 in_axes=(None, jax.tree.unflatten(treedef, axes)),
                 out_axes=None,
-                donate_argnums=0,
+                donate_argnums=self._donated,
             )
         return self._steps[treedef, axes]
 

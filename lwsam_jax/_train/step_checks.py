@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _checks
-from ._method import LayerwiseSAM
+from .. import _checks, _tree
+from .._loops import state as _state
+from .._loops.held import PerturbedState
+from .._method import Method
 
 
 WHO = "TrainStep"
@@ -37,11 +39,9 @@ def arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:
                 WHO, "base_optimizer", "a transformation", base_optimizer, remedy
             )
         )
-    if not isinstance(method, LayerwiseSAM):
-        remedy = "Pass lwsam.LayerwiseSAM(k=4, rho=..., alpha=...); k=0 is plain."
-        raise TypeError(
-            _checks.message(WHO, "method", "a LayerwiseSAM", method, remedy)
-        )
+    if not isinstance(method, Method):
+        remedy = "Pass a lwsam.Method: lwsam.LayerwiseSAM(k=4, ...), lwsam.sam(0.05)."
+        raise TypeError(_checks.message(WHO, "method", "a Method", method, remedy))
     if method.axis_name is not None:
         remedy = "Leave it out: TrainStep names the axis after `parallel`."
         raise ValueError(
@@ -81,3 +81,40 @@ def _kinds(tree: Any) -> str:
         f"{jax.tree_util.keystr(path)}: {jnp.result_type(x)}{list(jnp.shape(x))}"
         for path, x in leaves
     )
+
+
+def optimizer_state(opt_state: Any) -> None:
+    """Raises on a base optimizer that perturbs by itself."""
+    for kind, name in (
+        (_state.MethodState, "layerwise_sam"),
+        (PerturbedState, "perturbed"),
+    ):
+        if _state.find(kind, opt_state):
+            remedy = "Pass the bare base optimizer; TrainStep does the rest."
+            got = f"one with a {name} in it"
+            raise ValueError(
+                _checks.message(WHO, "base_optimizer", "without one", got, remedy)
+            )
+
+
+def hyperparams(state: Any, method: Method) -> dict[str, jax.Array]:
+    """Returns copies of the hyperparameters of a state, of the dtypes that steps have."""
+    own = method.hyperparams(_tree.accumulation_dtype(*jax.tree.leaves(state.params)))
+    given = state.hyperparams
+    if set(given) != set(own):
+        remedy = (
+            "Set those that are there; a Python rho of 0 or alpha of 1 is static: pass "
+            "another number to the method to set it later."
+        )
+        expected, got = f"a dict of {sorted(own)}", f"{sorted(given)}"
+        raise ValueError(
+            _checks.message(WHO, "state.hyperparams", expected, got, remedy)
+        )
+    for name, x in given.items():
+        if jnp.shape(x) != ():
+            remedy = "Set a number or a scalar array."
+            where = f"state.hyperparams[{name!r}]"
+            raise ValueError(
+                _checks.message(WHO, where, "a scalar", str(jnp.shape(x)), remedy)
+            )
+    return {name: jnp.array(given[name], x.dtype) for name, x in own.items()}

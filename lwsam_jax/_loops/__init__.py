@@ -1,0 +1,1 @@
+"""What runs a method: functional form, Optax, train step."""

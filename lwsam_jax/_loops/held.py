@@ -1,0 +1,185 @@
+"""The perturbed parameters that a loop holds, and the way back from them.
+
+What was added is the direction times factors. The direction is computed again from what
+made it, the base optimizer's moment or the key of the noise; the factors are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _checks, _tree
+from .._axes import shape as _shape
+from .._engine.layers import Layers
+from .static import Static
+
+
+class PerturbedState(NamedTuple):
+    """State of `perturbed`: that of the base optimizer, and what was added.
+
+    Attributes:
+      step_count: int32[], steps done.
+      base: State of the base optimizer.
+      ascent: What the ascent keeps, () where the base optimizer has a moment.
+      shape: State of the shape.
+      factors: f32[n], what each direction was multiplied by, 0 where nothing was added;
+        for a shape that is no factor for each leaf or filter, the radius.
+      kept: The unperturbed parameters that are not computed back: all for such a shape,
+        else those below float32. The others are `optax.MaskedNode`s.
+      seed: int32[], of what is drawn at random.
+      mask: bool[L], layers that are perturbed.
+      hyperparams: `rho`, which a loop may set; it holds from the next update on.
+      made_of: Static node with the layers and the parts.
+    """
+
+    step_count: jax.Array
+    base: Any
+    ascent: Any
+    shape: Any
+    factors: jax.Array
+    kept: Any
+    seed: jax.Array
+    mask: jax.Array
+    hyperparams: Any
+    made_of: Static
+
+
+class Parts(NamedTuple):
+    """What a state must know about how it was made; hashable."""
+
+    layers: Layers
+    ascent: Any
+    shape: Any
+
+
+def _is_whole(parts: Parts, leaf: Any) -> bool:
+    """Whether a leaf is kept, for it could not be computed back without drift."""
+    is_low = jnp.finfo(leaf.dtype).bits < 32
+    return is_low or not _is_undone(parts)
+
+
+def _is_undone(parts: Parts) -> bool:
+    """Whether direction and factors can be computed without the parameters."""
+    moves = getattr(parts.ascent, "reads_params", True)
+    return hasattr(parts.shape, "factors") and not moves
+
+
+def keep(parts: Parts, params: Any, none: bool = False) -> Any:
+    """Returns the leaves that are kept, as a tree that holds these alone."""
+    leaves, treedef = jax.tree.flatten(params)
+    kept = [
+        x if at >= 0 and not none and _is_whole(parts, x) else optax.MaskedNode()
+        for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, kept)
+
+
+def count_factors(parts: Parts, leaves: list[Any]) -> list[int]:
+    """Returns how many factors each leaf has; one radius for any other shape."""
+    if not hasattr(parts.shape, "factors"):
+        return [1]
+    shapes = jax.eval_shape(
+        lambda xs: parts.shape.factors(xs, xs, parts.layers),
+        [
+            jax.ShapeDtypeStruct(x.shape, _tree.wide(jnp.zeros((), x.dtype)).dtype)
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+            else x
+            for x in leaves
+        ],
+    )
+    return [s.size for s in shapes]
+
+
+def _direction(
+    parts: Parts, state: PerturbedState, params: Any, whole: bool = False
+) -> list[jax.Array]:
+    """Returns the direction, 0 where nothing is perturbed, unless it is wanted whole."""
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step_count)
+    along = parts.ascent.direction(state.ascent, state.base, params, key)
+    if whole:
+        return jax.tree.leaves(along)
+    on = [state.mask[max(at, 0)] & (at >= 0) for at in parts.layers.leaf_layer]
+    pairs = zip(on, jax.tree.leaves(along), strict=True)
+    return [jnp.where(m, x, 0) for m, x in pairs]
+
+
+def perturb(
+    parts: Parts, state: PerturbedState, own: Any, radius: Any
+) -> tuple[Any, PerturbedState]:
+    """Returns the perturbed parameters, and the state that remembers how."""
+    leaves = jax.tree.leaves(own)
+    whole = _shape.wants_whole_ascent(parts.shape, own)
+    along = _direction(parts, state, own, whole)
+    dtype = state.factors.dtype
+    radius = jnp.maximum(jnp.asarray(radius, dtype), 0)
+    if hasattr(parts.shape, "factors"):
+        found = parts.shape.factors(along, leaves, parts.layers)
+        flat = [radius * jnp.ravel(f).astype(dtype) for f in found]
+        state = state._replace(factors=jnp.concatenate(flat))
+        return again(parts, state, own), state
+    state = state._replace(factors=radius[None])
+    moved, shape_state = _move_by_shape(parts, state, own)
+    return moved, state._replace(shape=shape_state)
+
+
+def _move_by_shape(parts: Parts, state: PerturbedState, own: Any) -> tuple[Any, Any]:
+    leaves, treedef = jax.tree.flatten(own)
+    tree = jax.tree.unflatten(treedef, _direction(parts, state, own))
+    shaped, shape_state = parts.shape.update(
+        tree, state.shape, own, layers=parts.layers, mask=state.mask
+    )
+    moved = [
+        _tree.add_scaled(w, state.factors[0], x) if at >= 0 else w
+        for at, w, x in zip(
+            parts.layers.leaf_layer, leaves, jax.tree.leaves(shaped), strict=True
+        )
+    ]
+    return jax.tree.unflatten(treedef, moved), shape_state
+
+
+def again(parts: Parts, state: PerturbedState, own: Any) -> Any:
+    """Returns the perturbed parameters of a state."""
+    if hasattr(parts.shape, "factors"):
+        return _add(parts, state, own, 1.0)
+    if jax.tree.leaves(state.shape):
+        remedy = "Keep the parameters that the loop held."
+        expected, got = "one whose shape keeps no state", "another"
+        raise ValueError(
+            _checks.message("train_params", "opt_state", expected, got, remedy)
+        )
+    return _move_by_shape(parts, state, own)[0]
+
+
+def _add(parts: Parts, state: PerturbedState, params: Any, sign: float) -> Any:
+    """Adds (or takes away) what the factors in the state say."""
+    leaves, treedef = jax.tree.flatten(params)
+    along = _direction(parts, state, params)
+    start, moved = 0, []
+    counts = count_factors(parts, leaves)
+    rows = zip(parts.layers.leaf_layer, leaves, along, counts, strict=True)
+    for at, w, x, count in rows:
+        factor = state.factors[start : start + count]
+        start += count
+        factor = factor[0] if count == 1 else factor
+        moved.append(
+            _tree.add_scaled(w, jnp.asarray(sign), factor * x) if at >= 0 else w
+        )
+    return jax.tree.unflatten(treedef, moved)
+
+
+def unperturbed(parts: Parts, state: PerturbedState, params: Any) -> Any:
+    """Returns the unperturbed parameters of a state."""
+    own = params
+    if _is_undone(parts):
+        own = _add(parts, state, params, -1.0)
+    leaves, treedef = jax.tree.flatten(own)
+    kept = iter(jax.tree.leaves(state.kept))
+    final = [
+        next(kept, x) if at >= 0 and _is_whole(parts, x) else x
+        for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, final)

@@ -1,0 +1,300 @@
+"""Optimizers whose loop holds the perturbed parameters: no second gradient, no change.
+
+The loop's own gradient is taken at what it holds, and so is the descent gradient
+already. The unperturbed parameters are computed back from what made the perturbation,
+which is in the state (the moment, or the key of the noise) with the factors that were
+applied; nothing else is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _checks, _tree
+from .._axes import ascent as _ascent, shape as _shape, which
+from .._engine.layers import Layers, Rule
+from .._engine.rules import leaves as every_leaf, weights
+from . import held, state as _state
+from .held import PerturbedState
+from .static import register_with_flax, Static
+
+
+_WHO = "perturbed"
+
+
+def perturbed(
+    base: optax.GradientTransformation,
+    rho: Any,
+    *,
+    ascent: Any = None,
+    shape: Any = None,
+    select: which.Selector | None = None,
+    k: Any = None,
+    rule: Rule | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Returns an optimizer that trains at perturbed parameters, at the base's own price.
+
+    The loop stays as it is, and holds $\tilde w_t = w_t + \rho(t)\,s(a_t)$, with a
+    direction $a_t$ that needs no gradient of its own. Its gradient at $\tilde w_t$ goes
+    to the base optimizer, which sees the unperturbed $w_t$ (so weight decay acts on
+    these). Gradient 0 is taken where the loop starts, unperturbed. Evaluate, average and
+    save `lwsam.eval_params(opt_state, params)`.
+
+    Nothing that changes updates may follow it in a chain, for the loop would hold other
+    parameters than the state knows; what comes before (a clip) acts on the gradient.
+    Statistics of a BatchNorm are those of $\tilde w$: see `lwsam.refresh`. Further
+    keywords of `update` go to the base optimizer.
+
+    Args:
+      base: Any Optax optimizer.
+      rho: Radius, >= 0, a number, which a loop may set (`state.hyperparams["rho"]`), or
+        a schedule of the step count. A Python 0 is the base optimizer, bit for bit.
+      ascent: A stale ascent: `momentum()` (the default), `previous()` or `random()`.
+      shape: `relative()` (the default) or any other; `raw`, `normalized` and `relative`
+        are undone from their factors, for all others the state keeps a copy of the
+        parameters.
+      select: Which layers, `everything()` by default; norms are of the loop's gradient.
+      k: In place of `select`: the k layers of the largest gradient norm.
+      rule: What a layer is; every float leaf by default, for `relative` the rule
+        `lwsam.weights`.
+      seed: Seed of what is drawn at random.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `PerturbedState`. Parameters
+      below float32 are kept unperturbed, and so stay exact. Works on masked trees
+      (`multi_transform`, `masked`) and on sharded parameters.
+
+    Raises:
+      ValueError: For numbers out of range, an ascent with a pass of its own, both of k
+        and select.
+      TypeError: For arguments of the wrong kind.
+
+    Examples:
+      >>> import jax, optax, jax.numpy as jnp, lwsam_jax as lwsam
+      >>> loss = lambda p: jnp.sum((p["w"] @ jnp.ones((2, 1)) - 1.0) ** 2)
+      >>> tx = lwsam.perturbed(optax.sgd(0.1, momentum=0.9), rho=0.1)
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(lwsam.eval_params(state, params)) < 1.0)
+      True
+
+    References:
+      The momentum: Becker et al., NeurIPS 2025, arXiv:2401.12033. The noise: RWP,
+      arXiv:2211.11489.
+    """
+    ascent = _ascent.momentum() if ascent is None else ascent
+    shape = _shape.relative() if shape is None else shape
+    _check(base, rho, ascent, shape, select, k)
+    base = optax.with_extra_args_support(base)
+    if rule is None:
+        rule = weights if getattr(shape, "of_layers", False) else every_leaf
+    if select is None:
+        select = which.everything() if k is None else which.top_k(k)
+    no_radius = _checks.is_number(rho) and rho == 0
+    is_plain = no_radius or which.selects_nothing(select)
+
+    def init_fn(params: optax.Params) -> PerturbedState:
+        register_with_flax()
+        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
+            return _placeholder(params, base.init(params))
+        layers = Layers.of(params, rule, allow_masked=True)
+        inner = base.init(params)
+        parts = held.Parts(layers, ascent, shape)
+        leaves = jax.tree.leaves(params)
+        dtype = _tree.accumulation_dtype(*leaves)
+        state = PerturbedState(
+            step_count=jnp.zeros((), jnp.int32),
+            base=inner,
+            ascent=() if is_plain else ascent.init(params, inner),
+            shape=shape.init(params),
+            factors=jnp.zeros((sum(held.count_factors(parts, leaves)),), dtype),
+            # Copies: a loop may donate its parameters and this state together.
+            kept=jax.tree.map(jnp.copy, held.keep(parts, params, is_plain)),
+            seed=jnp.asarray(seed),
+            mask=jnp.zeros((len(layers),), bool),
+            hyperparams={"rho": jnp.asarray(rho, dtype)} if _is_set(rho) else {},
+            made_of=Static(parts),
+        )
+        return state
+
+    def _is_set(x):
+        return not is_plain and _checks.is_number(x)
+
+    def _placeholder(params, inner):
+        return PerturbedState(
+            step_count=jnp.zeros((), jnp.int32),
+            base=inner,
+            ascent=() if is_plain else ascent.init(params, inner),
+            shape=shape.init(params),
+            factors=jnp.zeros((0,)),
+            kept=params,
+            seed=jnp.zeros((), jnp.int32),
+            mask=jnp.zeros((0,), bool),
+            hyperparams={"rho": jnp.zeros(())} if _is_set(rho) else {},
+            made_of=Static(None, is_placeholder=True),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PerturbedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PerturbedState]:
+        if params is None:
+            remedy = "Call tx.update(grads, opt_state, params)."
+            raise ValueError(_checks.message(_WHO, "params", "given", None, remedy))
+        count = jnp.asarray(optax.safe_increment(state.step_count))
+        if is_plain:
+            found, inner = base.update(updates, state.base, params, **extra_args)
+            return found, state._replace(step_count=count, base=inner)
+        layers = Layers.of(params, rule, allow_masked=True)
+        layers.flatten(_WHO, "updates", updates)
+        parts = held.Parts(layers, ascent, shape)
+        own = held.unperturbed(parts, state, params)
+        found, inner = base.update(updates, state.base, own, **extra_args)
+        own = optax.apply_updates(own, found)
+        after = state._replace(
+            step_count=count,
+            base=inner,
+            ascent=ascent.update(state.ascent, updates),
+            kept=held.keep(parts, own),
+            mask=_choose(select, layers, updates, state.seed, count),
+            made_of=Static(parts),
+        )
+        radius = rho(count) if callable(rho) else state.hyperparams.get("rho", rho)
+        moved, after = held.perturb(parts, after, own, radius)
+        step = lambda new, old: _tree.wide(new) - _tree.wide(old)
+        pairs = zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True)
+        final = [
+            step(new, old) if at >= 0 else u
+            for at, u, (new, old) in zip(
+                layers.leaf_layer, jax.tree.leaves(found), pairs, strict=True
+            )
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), final), after
+
+    return optax.GradientTransformationExtraArgs(
+        init_fn,  # pyright: ignore[reportArgumentType]
+        update_fn,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _choose(
+    select: which.Selector, layers: Layers, grads: Any, seed: jax.Array, count: Any
+) -> jax.Array:
+    if select is which.everything():  # no norms, which cost a sharded loop reductions
+        return jnp.ones((len(layers),), bool)
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    return which.choose(select, layers.norms(grads), key, layers)
+
+
+def eval_params(opt_state: Any, params: Any) -> Any:
+    """Returns the unperturbed parameters of a loop that trains by `perturbed`.
+
+    Args:
+      opt_state: Any pytree that holds states of `perturbed`, in chains, MultiSteps,
+        multi_transform or inject_hyperparams, or an `nnx.Optimizer`. Several states over
+        disjoint leaves are all undone.
+      params: What the loop holds.
+
+    Returns:
+      A tree as `params`; leaves below float32 are exact, the others up to rounding.
+
+    Raises:
+      ValueError: If there is no such state, two of one leaf, or one of other parameters.
+    """
+    return _for_each("eval_params", held.unperturbed, opt_state, params)
+
+
+def train_params(opt_state: Any, params: Any) -> Any:
+    """Returns what the loop holds, from the unperturbed parameters.
+
+    Args:
+      opt_state: As for `eval_params`.
+      params: What `eval_params` returned with this state.
+
+    Raises:
+      ValueError: As `eval_params`; for a shape that keeps a state and is no factor for
+        each leaf, where the perturbation cannot be computed again.
+    """
+    return _for_each("train_params", held.again, opt_state, params)
+
+
+def _check(base: Any, rho: Any, ascent: Any, shape: Any, select: Any, k: Any) -> None:
+    if not (hasattr(base, "init") and hasattr(base, "update")):
+        remedy = "Pass an Optax optimizer such as optax.sgd(0.1, momentum=0.9)."
+        raise TypeError(
+            _checks.message(_WHO, "base", "an optimizer", repr(base), remedy)
+        )
+    _checks.rho(_WHO, rho)
+    _shape.check(_WHO, shape)
+    if isinstance(_ascent.as_ascent(_WHO, ascent), _ascent.Part):
+        remedy = (
+            "Pass momentum(), previous() or random(), or use lwsam.TrainStep or "
+            "lwsam.as_optax, which take a second gradient."
+        )
+        expected, got = "one without a gradient of its own", "one with a pass"
+        raise ValueError(_checks.message(_WHO, "ascent", expected, got, remedy))
+    if k is not None:
+        _checks.count_of_layers(_WHO, "k", k)
+    if k is not None and select is not None:
+        remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
+        expected = "given if and only if `select` is not"
+        raise ValueError(_checks.message(_WHO, "k", expected, "both", remedy))
+    if select is not None:
+        remedy = "Pass lwsam.top_k(4), or a function (norms, key) -> bool mask."
+        _checks.is_callable(_WHO, "select", select, remedy)
+
+
+def _for_each(who: str, function: Any, opt_state: Any, params: Any) -> Any:
+    """Applies a function to the leaves of each state of ours."""
+    found = _state.find(PerturbedState, opt_state)
+    if not found:
+        remedy = (
+            "Pass the state of an optimizer that lwsam.perturbed made, or an "
+            "nnx.Optimizer itself (its nnx.state lacks what says which layers)."
+        )
+        raise ValueError(
+            _checks.message(who, "opt_state", "one of `perturbed`", "none", remedy)
+        )
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    final = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+    seen: set[str] = set()
+    for node in found:
+        parts = node.made_of.value
+        count = parts.layers.treedef.num_leaves
+        places = jax.tree.unflatten(parts.layers.treedef, range(count))
+        own = [
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(places)
+        ]
+        if not set(own) <= set(final) or seen & set(own):
+            remedy = "Pass the parameters that this state was made for."
+            got = "of others" if not seen & set(own) else "two of one leaf"
+            expected = "a state of these parameters"
+            raise ValueError(_checks.message(who, "opt_state", expected, got, remedy))
+        seen |= set(own)
+        part = jax.tree.unflatten(parts.layers.treedef, [final[k] for k in own])
+        moved = function(parts, _bare(node), part)
+        final.update(zip(own, jax.tree.leaves(moved), strict=True))
+    return jax.tree.unflatten(
+        treedef, [final[jax.tree_util.keystr(path)] for path, _ in paths]
+    )
+
+
+def _bare(state: PerturbedState) -> PerturbedState:
+    """Returns a state whose scalars and vectors are arrays; NNX wraps them."""
+    array = lambda node: jax.tree.leaves(node)[0]
+    return state._replace(
+        step_count=array(state.step_count),
+        factors=array(state.factors),
+        mask=array(state.mask),
+    )

@@ -1,0 +1,107 @@
+"""What a step is to do, what it remembers, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._axes.combine import Combine
+from .._engine.layers import Layers
+
+
+class LayerwiseGrad(NamedTuple):
+    """What one evaluation of the gradient of a method returns.
+
+    Attributes:
+      value: Loss at the parameters, L(w), on the whole batch; where no pass sees both,
+        `perturbed_value`.
+      aux: Auxiliary output of the loss, of the pass that `aux_from` names, or None. With
+        an ascent of its own arguments, or none, that of the descent.
+      grads: The gradient for the base optimizer (Eq. 6), structured as the parameters.
+      norms: f32[L], norms of the gradient at the perturbed point (Algorithm 1, line 9).
+      perturbed_value: Loss at the perturbed point; `value` where nothing is perturbed.
+      ascent_value: Loss at the parameters on what the ascent sees; `value` on the whole
+        batch, None where the ascent takes no pass.
+    """
+
+    value: jax.Array
+    aux: Any
+    grads: Any
+    norms: jax.Array
+    perturbed_value: jax.Array
+    ascent_value: Any = None
+
+
+class Plan(NamedTuple):
+    """What a step does, known when it is traced, but for arrays.
+
+    Attributes:
+      layers: The layers.
+      chosen: Static: which of them the step is compiled for; none: a plain step.
+      mask: bool[L], which of these are perturbed; None: all of them.
+      rho: Radius.
+      alpha: Weight of `combine`, or None.
+      shape: The shape.
+      combine: The combination.
+      aux_from: Whose aux is returned, where both passes see the whole batch.
+      axis_name: Mapped axis over which gradients and values are averaged, or None.
+    """
+
+    layers: Layers
+    chosen: Sequence[int]
+    mask: Any
+    rho: Any
+    alpha: Any
+    shape: Any
+    combine: Combine
+    aux_from: str = "clean"
+    axis_name: Any = None
+
+    @property
+    def selected(self) -> list[int]:
+        """The places of the leaves that the step is compiled for."""
+        chosen = set(self.chosen)
+        return [i for i, at in enumerate(self.layers.leaf_layer) if at in chosen]
+
+    @property
+    def active(self) -> list[Any]:
+        """For each of them bool[], or None: always."""
+        if self.mask is None:
+            return [None] * len(self.selected)
+        return [self.mask[self.layers.leaf_layer[i]] for i in self.selected]
+
+    @property
+    def bits(self) -> jax.Array:
+        """bool[L], the layers that are perturbed."""
+        compiled = jnp.asarray([i in set(self.chosen) for i in range(len(self.layers))])
+        return compiled if self.mask is None else compiled & self.mask
+
+    @property
+    def rho_applied(self) -> jax.Array:
+        """The radius: at least 0, and 0 where nothing is perturbed."""
+        if not self.chosen:
+            return jnp.zeros((), jnp.float32)
+        rho = jnp.maximum(jnp.asarray(self.rho), 0)
+        return jnp.where(jnp.any(self.bits), rho, 0)
+
+
+class Memory(NamedTuple):
+    """What shape and combine remember from step to step.
+
+    Attributes:
+      shape: State of the shape.
+      combine: State of the combination.
+    """
+
+    shape: Any = ()
+    combine: Any = ()
+
+
+def remember(shape: Any, combine: Combine, layers: Layers, params: Any) -> Memory:
+    """Returns the memory before the first step."""
+    leaves = jax.tree.leaves(params)
+    members = tuple(leaves[i] for i in layers.member_leaves)
+    return Memory(shape.init(params), combine.init(members))

@@ -1,0 +1,1 @@
+"""The train step: its executables, its budget, its devices."""

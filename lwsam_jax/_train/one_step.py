@@ -1,0 +1,244 @@
+"""One step on one device, in-graph: gradient, base optimizer, the next selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _tree
+from .._engine.cover import Cover
+from .._loops import passes as _passes, state as _state
+from .._loops.functional import scalar_loss
+from .._loops.plan import LayerwiseGrad, Memory, Plan
+from .._loops.state import MethodState
+from .._method import Method
+from . import budget as _budget
+from .devices import Devices
+from .study import Study
+
+
+# Folded into the step's key for what only the ascent draws; the loss sees the key itself.
+_OF_THE_ASCENT = 0x5A4D
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on; no leaf has a device axis.
+
+    Attributes:
+      params: Parameter tree, always the unperturbed ones.
+      model_state: What the loss carries from step to step, such as BatchNorm statistics.
+      opt_state: State of the base optimizer.
+      method_state: `MethodState`: norms, the mask of the next step, what parts remember.
+      hyperparams: `rho` and `alpha` where they are no static 0 and 1, f32[] each (f64
+        for float64 parameters): a loop sets them between steps. Of a schedule, what the
+        last step had.
+      key: PRNG key of the run; constant, each step folds its number in.
+      step: int32[], steps done.
+    """
+
+    params: Any
+    model_state: Any
+    opt_state: Any
+    method_state: MethodState
+    hyperparams: Any
+    key: jax.Array
+    step: jax.Array
+
+
+class StepInfo(NamedTuple):
+    """What a step reports; arrays, so that reading them is when the host waits.
+
+    Attributes:
+      value: Clean loss on the whole batch, f32[]; where no pass sees both,
+        `perturbed_value`.
+      perturbed_value: Loss at the perturbed point; `value` in a plain step.
+      ascent_value: Clean loss on what the ascent sees; None where it takes no pass.
+      metrics: The loss's metrics, of the clean pass on the whole batch, or where there
+        is none of the descent. Over devices floats are averaged, integers summed.
+      norms: f32[L], gradient norms at the perturbed point.
+      mask: bool[L], layers that this step perturbed.
+      rho: f32[], the radius that was applied, 0 in a plain step.
+      overhead: f32[], FLOPs of the executable that ran over a plain gradient, minus 1,
+        by the cost model of `lwsam.step_cost`.
+      mean_overhead: f32[], its mean over all steps of the state.
+      finite: bool[], whether both values and the gradient are finite.
+    """
+
+    value: jax.Array
+    perturbed_value: jax.Array
+    ascent_value: Any
+    metrics: Any
+    norms: jax.Array
+    mask: jax.Array
+    rho: jax.Array
+    overhead: jax.Array
+    mean_overhead: jax.Array
+    finite: jax.Array
+
+
+class OneStep:
+    """The step of a selection as a function of state and batch; holds no arrays."""
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        optimizer: optax.GradientTransformationExtraArgs,
+        method: Method,
+        devices: Devices,
+        study: Study,
+        selection_lag: int,
+    ) -> None:
+        """Takes what a step needs to know beside the selection."""
+        self._loss_fn = scalar_loss("TrainStep", "loss_fn", loss_fn, has_aux=True)
+        self._optimizer, self._method = optimizer, method
+        self._devices, self._layers = devices, study.layers
+        self._ratio, self._lag = study.ratio, selection_lag
+        self.purse = _budget.Purse(method, study.layers, study.menu)
+
+    def init(self, params: Any, model_state: Any, key: jax.Array) -> TrainState:
+        """Returns the state before the first step, with the masks known by then."""
+        opt_state = self._optimizer.init(params)
+        method_state = _state.first(self._method, params, self._layers, opt_state)
+        masks, budget = [], self.purse.first()
+        for ahead in range(self._lag + 1):
+            mask, unspent = self.purse.choose(
+                method_state.norms, jnp.int32(ahead), budget.unspent
+            )
+            masks.append(mask)
+            budget = budget._replace(unspent=unspent)
+        dtype = _tree.accumulation_dtype(*jax.tree.leaves(params))
+        return TrainState(
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            method_state=method_state._replace(
+                mask=masks[0], pending=tuple(masks[1:]), budget=budget
+            ),
+            hyperparams=self._method.hyperparams(dtype),
+            key=key,
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    def run(
+        self, selection: tuple[str, ...] | Cover, state: TrainState, batch: Any
+    ) -> tuple[TrainState, StepInfo, jax.Array]:
+        """One step on one device; returns the mask that it decided on as well."""
+        method, before = self._method, state.method_state
+        hyperparams = method.scheduled(state.hyperparams, state.step)
+        plan = self._plan(selection, before.mask, hyperparams)
+        out, memory = self._gradient(plan, state, batch)
+        model_state, metrics = self._devices.average(*out.aux)
+        kept = before.ascent
+        if method.is_stale and not method.is_plain:
+            kept = method.ascent.update(kept, out.grads)
+        updates, opt_state = self._optimizer.update(
+            out.grads, state.opt_state, state.params, value=out.value
+        )
+        norms = out.norms.astype(before.norms.dtype)
+        decided, unspent = self.purse.choose(
+            norms, state.step + 1 + self._lag, before.budget.unspent
+        )
+        queue = (*before.pending, decided)
+        overhead = jnp.float32(self._ratio(selection if plan.chosen else ()) - 1.0)
+        spent = _budget.running_mean(before.budget.mean_overhead, overhead, state.step)
+        new_state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+            method_state=_state.advance(before, norms, queue[0])._replace(
+                value=out.value.astype(before.value.dtype),
+                memory=memory,
+                ascent=kept,
+                pending=queue[1:],
+                budget=_budget.Budget(unspent, spent),
+            ),
+            hyperparams=hyperparams,
+            key=state.key,
+            step=jnp.asarray(optax.safe_increment(state.step)),
+        )
+        info = StepInfo(
+            value=out.value,
+            perturbed_value=out.perturbed_value,
+            ascent_value=None if method.is_stale else out.ascent_value,
+            metrics=metrics,
+            norms=norms,
+            mask=plan.bits,
+            rho=plan.rho_applied.astype(norms.dtype),
+            overhead=overhead,
+            mean_overhead=spent,
+            finite=_tree.all_finite((out.value, out.perturbed_value, out.grads)),
+        )
+        return new_state, info, decided
+
+    def _plan(
+        self, selection: Any, mask: jax.Array, hyperparams: dict[str, Any]
+    ) -> Plan:
+        method, layers = self._method, self._layers
+        is_cover = isinstance(selection, Cover)
+        names = selection.names if is_cover else selection
+        chosen = () if method.is_plain else layers.indices("TrainStep", names)
+        return Plan(
+            layers=layers,
+            chosen=chosen,
+            mask=mask if is_cover else None,
+            rho=hyperparams.get("rho", method.rho),
+            alpha=hyperparams.get("alpha", method.combine.alpha),
+            shape=method.shape,
+            combine=method.combine,
+            axis_name=self._devices.axis_name,
+        )
+
+    def _gradient(
+        self, plan: Plan, state: TrainState, batch: Any
+    ) -> tuple[LayerwiseGrad, Memory]:
+        method, devices = self._method, self._devices
+        step_key = jax.random.fold_in(state.key, state.step)
+        key = devices.local_key(step_key)
+        loss_on = lambda part: lambda p: self._loss_fn(p, state.model_state, part, key)
+        sources: dict[str, Any] = {}
+        if plan.chosen:
+            own = jax.random.fold_in(step_key, _OF_THE_ASCENT)
+            if method.is_stale:
+                sources["direction"] = method.ascent.direction(
+                    state.method_state.ascent, state.opt_state, state.params, own
+                )
+            elif method.ascent.cut is not None:
+                part = method.ascent.of(batch, own, devices.count)
+                sources["ascent_loss"] = loss_on(part)
+            if method.descent is not None:
+                sources["descent_loss"] = lambda clean, perturbed: loss_on(
+                    method.descent.of(batch, clean[1], perturbed[1])
+                )
+        return _passes.evaluate(
+            plan, state.method_state.memory, loss_on(batch), state.params, **sources
+        )
+
+    def refresh(self, state: TrainState, numbered: tuple[Any, jax.Array]) -> Any:
+        """Returns the model state after a forward pass on a (batch, its number)."""
+        batch, number = numbered
+        key = self._devices.local_key(jax.random.fold_in(state.key, number))
+        _, aux = self._loss_fn(state.params, state.model_state, batch, key)
+        return self._devices.average(*aux)[0]
+
+    def many(self, covers: list[Cover]) -> Callable[..., Any]:
+        """Returns many steps on one device, each on the smallest cover that will do."""
+        contained = jnp.asarray(
+            [[n in c.names for n in self._layers.names] for c in covers]
+        )
+
+        def one(cover, state, batch):
+            return self.run(cover, state, batch)[:2]
+
+        branches = [lambda s, b, cover=cover: one(cover, s, b) for cover in covers]
+
+        def body(state, batch):
+            fits = jnp.all(contained | ~state.method_state.mask, axis=1)
+            # A mask of another method may fit in none: then as much of it as there is.
+            place = jnp.where(jnp.any(fits), jnp.argmax(fits), len(covers) - 1)
+            return jax.lax.switch(place, branches, state, batch)
+
+        return lambda state, batches: jax.lax.scan(body, state, batches)

@@ -1,0 +1,94 @@
+"""What a `TrainStep` finds out about a loss before its first step."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .._axes import shape, when, which
+from .._engine.cost import step_cost, StepCost
+from .._engine.layers import Layers
+from .._method import Method
+from . import step_checks as _step_checks
+from .devices import Devices
+from .executables import Menu
+
+
+class Study(NamedTuple):
+    """The layers of a loss, what they cost, and what steps may run on.
+
+    Attributes:
+      layers: The layers, with their depth.
+      cost: The cost of the loss on one device's share of the batch.
+      ratio: FLOPs of the method's step of a selection over a plain gradient.
+      menu: What steps may run on.
+      known: bool[L], the layers that every step is compiled for; None if these change.
+    """
+
+    layers: Layers
+    cost: StepCost
+    ratio: Callable[[Any], float]
+    menu: Menu
+    known: np.ndarray | None
+
+
+def study(
+    loss_fn: Callable[..., Any],
+    method: Method,
+    devices: Devices,
+    most: int,
+    params: Any,
+    model_state: Any,
+    batch: Any,
+    key: jax.Array,
+) -> Study:
+    """Traces a loss on the shapes of one device's share; raises on a wrong one."""
+    share = jax.tree.map(devices.share, batch)
+    args, axes = (model_state, share, key), devices.axis_sizes()
+    method.layers_of(params)  # refuses what is no parameter before it is traced
+    _step_checks.loss(loss_fn, (params, *args), axes)
+    layers = method.layers_of(params, loss_fn, *args, axis_env=axes)
+    cost = step_cost(loss_fn, params, *args, layers=layers, axis_env=axes)
+    ratio = _ratio(method, cost, params, share, devices.count)
+    chosen = which.always_chosen(method.select, layers)
+    menu = Menu(
+        layers,
+        ratio,
+        most,
+        chosen=chosen,
+        bound=method.max_overhead,
+        share=method.mean_overhead,
+    )
+    known = None
+    if method.is_plain:
+        known = np.zeros(len(layers), bool)
+    elif chosen and method.when is when.always() and len(menu.covers) == 2:
+        known = np.asarray(chosen)
+    return Study(layers, cost, ratio, menu, known)
+
+
+def _ratio(
+    method: Method, cost: StepCost, params: Any, batch: Any, devices: int
+) -> Callable[[Any], float]:
+    whole = method.combine.needs == "all"
+    whole = whole or shape.wants_whole_ascent(method.shape, params)
+    part = 0.0 if method.is_stale else method.ascent.measured(batch, devices)
+    share = 1.0 if method.descent is None else method.descent.fraction
+    return functools.partial(cost.ratio, ascent=part, whole_ascent=whole, descent=share)
+
+
+def warn_if_nothing_is_affordable(method: Method, menu: Menu) -> None:
+    """Warns where `max_overhead` is below the price of every layer."""
+    if method.max_overhead is None or len(menu.covers) > 1 or method.is_plain:
+        return
+    warnings.warn(
+        f"{_step_checks.WHO}: `max_overhead`={method.max_overhead} is below the price "
+        f"of any layer, so every step is plain. The cheapest set, "
+        f"{', '.join(menu.cheapest)}, costs {menu.cheapest_price:.4f}.",
+        stacklevel=5,
+    )
