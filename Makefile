@@ -36,7 +36,7 @@ ARGS ?=
 LIBRARY_TESTS := tests lwsam_jax --ignore=tests/test_docs.py \
 	--ignore=tests/benchmarks
 
-.PHONY: help demo test test-floor test-newest lint format docs flops lock clean
+.PHONY: help demo test test-slow test-floor test-newest lint format docs flops lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,8 +44,11 @@ help: ## list the targets
 demo: $(READY) ## train on real images with SGD, SAM and layer-wise SAM, side by side
 	$(BIN)/lwsam-bench demo
 
-test: $(READY) ## run all tests
+test: $(READY) ## run all tests but those of test-slow
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-slow: $(READY) ## try every combination of the built-in parts, about an hour
+	$(BIN)/python -m pytest -n auto -m product tests/test_walk.py $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

@@ -40,14 +40,14 @@ def make_batches(count, dtype=jnp.float32):
     return {"x": x, "y": y}
 
 
-def make_step(*, lag=0, exact_sets=8, **method):
+def make_step(*, lag=0, max_executables=9, **method):
     method = {"k": 2, "rho": 0.05, "alpha": 0.8, "normalize": "selected", **method}
     return lwsam.TrainStep(
         loss_fn,
         optax.sgd(0.05, momentum=0.9),
         lwsam.LayerwiseSAM(**method),
-        exact_sets=exact_sets,
         selection_lag=lag,
+        max_executables=max_executables,
     )
 
 
@@ -127,18 +127,9 @@ def test_a_wrong_budget_is_refused(name, bad):
 
 
 def test_parameters_do_not_depend_on_the_executables(batches, free):
-    """Covers alone, with sets, or a set forced from the start: the same bits."""
-    for step in (make_step(exact_sets=0), make_step()):
-        names = free[0].layers.names
-        if step is not None and step._exact_sets:
-            history = {
-                "seen": 0,
-                "counts": [],
-                "sets": [[list(names), 0]],
-                "compiled": [],
-            }
-            step.restore_history({**history, "compiled": [list(names)]})
-        state, infos = run(step, batches)
+    """One cover for everything, or one for each depth: the same bits."""
+    for most in (2, 3):
+        state, infos = run(make_step(max_executables=most), batches)
         np.testing.assert_array_equal(infos.mask, free[2].mask)
         for a, b in zip(
             jax.tree.leaves(state.params), jax.tree.leaves(free[1].params), strict=True
@@ -157,7 +148,6 @@ def test_a_lag_uses_older_norms_and_resumes_exactly(batches):
     first, second = make_step(lag=lag, k=1), make_step(lag=lag, k=1)
     half, _ = run(first, batches, steps=range(5))
     restored = jax.tree.map(lambda x: x.copy(), half)
-    second.restore_history(first.history())  # what a step costs depends on it
     end, _ = run(second, batches, restored, range(5, 12))
     for a, b in zip(jax.tree.leaves(end), jax.tree.leaves(state), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -207,7 +197,7 @@ def test_scan_compiles_no_more_covers_than_asked_for(batches):
     at = jax.tree.map(lambda x: x[0], batches)
     step.init(make_params(), {}, at, key=jax.random.key(3))
     for count in (1, 2, 3, 9):
-        covers = step._one.purse.covers(count)
+        covers = step._menu.few(count)
         assert covers[0] == lwsam.Cover(())
         assert len(covers) <= min(count, len(step.layers)) + 1
         assert set(covers[-1].names) == set(step.layers.names)

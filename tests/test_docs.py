@@ -6,6 +6,8 @@ import traceback
 
 import pytest
 
+import lwsam_jax as lwsam
+
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -92,3 +94,15 @@ make demo
 def test_an_unclosed_fence_is_an_error():
     with pytest.raises(AssertionError, match="line 2 is not closed"):
         _blocks("\n```python\na = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("folder", "page"), [("_axes", "axes"), ("_presets", "presets")]
+)
+def test_every_part_and_preset_stands_on_its_page(folder, page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = {n: getattr(lwsam, n) for n in lwsam.__all__ if not n.startswith("_")}
+    is_there = lambda name: re.search(rf"\b{name}\b", text)
+    own = [n for n, x in named.items() if f".{folder}." in f"{x.__module__}."]
+    assert own
+    assert not [name for name in own if not is_there(name)]

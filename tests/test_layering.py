@@ -1,6 +1,7 @@
 """Who may import whom, and what every public name must have."""
 
 import ast
+import graphlib
 import inspect
 import pathlib
 import re
@@ -17,31 +18,49 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lwsam_jax"
 MODULES = sorted(PACKAGE.glob("**/*.py"))
 
-# A module imports modules of a lower floor only. A new module needs a floor here.
-FLOORS = {
-    "_checks": 0,
-    "_version": 0,
-    "_devices": 1,
-    "_jaxpr": 1,
-    "_promotion": 1,
-    "_tree": 1,
-    "_flops": 2,
-    "_layers": 2,
-    "_perturbation": 2,
-    "_split": 2,
-    "_selection": 3,
-    "_selectors": 3,
-    "_cost": 4,
-    "_executables": 4,
-    "_gradient": 4,
-    "_method": 4,
-    "_budget": 5,
-    "_step_checks": 5,
-    "_one_step": 6,
-    "_transform": 6,
-    "_step": 7,
-    "__init__": 8,
+# The floors of the house, and those within each of its folders, from below. What stands
+# on a floor may import what stands below it, and nothing beside or above it. A new
+# module of the first five needs a floor here; a preset does not.
+HOUSE = (
+    ("_checks", "_version"),
+    ("_tree",),
+    ("_engine",),
+    ("_axes",),
+    ("_method",),
+    ("_loops",),
+    ("_train",),
+    ("_presets",),
+    ("__init__",),
+)
+FOLDERS = {
+    "_engine": (
+        ("__init__", "graph", "rules", "trace"),
+        ("flops", "inline"),
+        ("cut", "depth"),
+        ("layers", "run"),
+        ("cover",),
+        ("cost",),
+    ),
+    "_axes": (
+        ("__init__", "moments", "shape", "when", "which"),
+        ("ascent", "combine"),
+        ("descent",),
+    ),
+    "_loops": (
+        ("__init__", "plan", "refresh", "static", "varying"),
+        ("held", "passes", "state"),
+        ("functional", "perturbed"),
+        ("transform",),
+    ),
+    "_train": (
+        ("__init__", "devices", "executables", "step_checks"),
+        ("budget", "study"),
+        ("one_step",),
+        ("step",),
+    ),
 }
+MOST_FILES = 14  # in a folder
+MOST_LINES = 350  # of a file
 RUN_TIME = {"jax", "numpy", "optax"}
 TYPES_ONLY = {"chex"}
 
@@ -49,8 +68,31 @@ TYPES_ONLY = {"chex"}
 class Import(NamedTuple):
     line: int
     package: str  # the first part of the name; empty for the library itself
-    modules: tuple[str, ...]  # modules of the library; empty for other packages
+    modules: tuple[str, ...]  # the library's, such as "_engine.cut"; else empty
     for_types: bool  # under `if TYPE_CHECKING`
+
+
+def _name(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+NAMES = {_name(path) for path in MODULES}
+
+
+def _targets(parts: list[str], aliases: list[str]) -> tuple[str, ...]:
+    """The modules that `from parts import aliases` reads, parts from the library's root.
+
+    A name that is no module of a folder is one of its `__init__`; what is not there at
+    all is handed on as it is spelled.
+    """
+    base = ".".join(parts)
+    if base in NAMES:
+        return (base,)
+    inside = [f"{base}.{alias}".lstrip(".") for alias in aliases]
+    init = f"{base}.__init__".lstrip(".")
+    return tuple(
+        dict.fromkeys(n if n in NAMES or init not in NAMES else init for n in inside)
+    )
 
 
 def _is_type_checking(node: ast.AST) -> bool:
@@ -61,62 +103,128 @@ def _is_type_checking(node: ast.AST) -> bool:
     return name == "TYPE_CHECKING"
 
 
-def _imports(tree: ast.AST, for_types: bool = False) -> Iterator[Import]:
+def _imports(
+    tree: ast.AST, folder: list[str], for_types: bool = False
+) -> Iterator[Import]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                package, _, rest = alias.name.partition(".")
+                package, *rest = alias.name.split(".")
                 if package == "lwsam_jax":
-                    package, modules = "", (rest.partition(".")[0] or "__init__",)
+                    package, modules = "", _targets(rest, ["__init__"])
                 else:
                     modules = ()
                 yield Import(node.lineno, package, modules, for_types)
         elif isinstance(node, ast.ImportFrom):
-            name = node.module or ""
-            package, _, rest = name.partition(".")
-            if node.level or package == "lwsam_jax":
-                inside = name if node.level else rest
-                modules = (
-                    (inside.partition(".")[0],)
-                    if inside
-                    else tuple(alias.name for alias in node.names)
-                )
+            package, *rest = (node.module or "").split(".")
+            aliases = [alias.name for alias in node.names]
+            if node.level:
+                above = folder[: len(folder) - node.level + 1]
+                inside = [part for part in (package, *rest) if part]
+                modules = _targets([*above, *inside], aliases)
                 yield Import(node.lineno, "", modules, for_types)
+            elif package == "lwsam_jax":
+                yield Import(node.lineno, "", _targets(rest, aliases), for_types)
             else:
                 yield Import(node.lineno, package, (), for_types)
         elif isinstance(node, ast.If) and _is_type_checking(node):
             for child in node.body:
-                yield from _imports(ast.Module([child], []), True)
+                yield from _imports(ast.Module([child], []), folder, True)
             for child in node.orelse:
-                yield from _imports(ast.Module([child], []), for_types)
+                yield from _imports(ast.Module([child], []), folder, for_types)
         else:
-            yield from _imports(node, for_types)
+            yield from _imports(node, folder, for_types)
 
 
 def _module_imports(path: pathlib.Path) -> list[Import]:
-    return list(_imports(ast.parse(path.read_text(encoding="utf-8"))))
+    folder = list(path.relative_to(PACKAGE).parent.parts)
+    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), folder))
+
+
+def _at(floors: tuple[tuple[str, ...], ...], name: str) -> int | None:
+    return next((i for i, floor in enumerate(floors) if name in floor), None)
+
+
+def _floor(name: str) -> tuple[int, int] | None:
+    """The floor in the house and that in the folder; None if the module has none."""
+    folder, _, inside = name.rpartition(".")
+    house = _at(HOUSE, folder or name)
+    if folder == "_presets":
+        within = 0 if inside in ("__init__", "preset") else 1
+    else:
+        within = _at(FOLDERS[folder], inside) if folder in FOLDERS else 0
+    return None if house is None or within is None else (house, within)
 
 
 def _upward(module: str, imports: list[Import]) -> list[str]:
-    floor = FLOORS[module]
+    floor = _floor(module)
+    assert floor is not None, f"{module}: give it a floor"
     return [
-        f"line {found.line}: floor {floor} imports {target} "
-        f"of floor {FLOORS.get(target, 'unknown')}"
+        f"line {found.line}: floor {floor} imports {target} of floor {_floor(target)}"
         for found in imports
         for target in found.modules
-        if FLOORS.get(target, floor) >= floor
+        if (_floor(target) or floor) >= floor
     ]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_point_down(path):
-    assert path.stem in FLOORS, f"{path.name}: give it a floor in FLOORS"
-    assert path.parent == PACKAGE, f"{path}: the library is one folder"
-    upward = _upward(path.stem, _module_imports(path))
-    assert not upward, f"{path.name}: " + "; ".join(upward)
+    upward = _upward(_name(path), _module_imports(path))
+    assert not upward, f"{_name(path)}: " + "; ".join(upward)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_floor_has_its_module():
+    """None of those that are named here is gone."""
+    named = {name for floor in HOUSE for name in floor if not _is_folder(name)}
+    for folder, floors in FOLDERS.items():
+        named |= {f"{folder}.{name}" for floor in floors for name in floor}
+    assert named <= NAMES
+    folders = {path.parent.name for path in MODULES if path.parent != PACKAGE}
+    assert folders == {name for floor in HOUSE for name in floor if _is_folder(name)}
+
+
+def _is_folder(name: str) -> bool:
+    return (PACKAGE / name).is_dir()
+
+
+def test_imports_run_in_no_circle():
+    """By the modules alone, whatever floors they were given."""
+    graph = {
+        _name(path): {m for found in _module_imports(path) for m in found.modules}
+        for path in MODULES
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in MODULES}), ids=lambda path: path.name
+)
+def test_a_folder_can_be_taken_in_at_a_glance(folder):
+    files = list(folder.glob("*.py"))
+    assert len(files) <= MOST_FILES, f"{folder.name}: {len(files)} files"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_no_file_is_long(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{_name(path)}: {lines} lines"
+
+
+def test_a_preset_is_known_to_the_exports_alone():
+    """So a new one is one file and a line in `__init__`."""
+    shared = {"_presets.__init__", "_presets.preset"}
+    presets = {name for name in NAMES if name.startswith("_presets.")} - shared
+    exported = set()
+    for path in MODULES:
+        read = {m for found in _module_imports(path) for m in found.modules} & presets
+        if _name(path) == "__init__":
+            exported = read
+        else:
+            assert not read, f"{_name(path)} imports {', '.join(sorted(read))}"
+    assert exported == presets
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_only_jax_numpy_and_optax(path):
     for found in _module_imports(path):
         allowed = RUN_TIME | sys.stdlib_module_names | {""}
@@ -132,11 +240,13 @@ def test_the_check_itself_sees_every_form_of_import():
     source = """
 import numpy as np, flax.linen
 import lwsam_jax
-import lwsam_jax._step
-from . import _tree, _transform
-from ._gradient import value_and_grad
-from lwsam_jax import _step
-from lwsam_jax._method import LayerwiseSAM
+import lwsam_jax._train.step
+from . import plan, passes
+from .. import _tree, Method
+from .._engine import cut, Cover
+from .functional import value_and_grad
+from lwsam_jax import _method
+from lwsam_jax._presets.sam import sam
 if TYPE_CHECKING:
     import chex
 else:
@@ -144,21 +254,26 @@ else:
 def late():
     import tensorflow
 """
-    found = list(_imports(ast.parse(source)))
+    found = list(_imports(ast.parse(source), ["_loops"]))
     assert [(item.package, item.modules, item.for_types) for item in found] == [
         ("numpy", (), False),
         ("flax", (), False),
         ("", ("__init__",), False),
-        ("", ("_step",), False),
-        ("", ("_tree", "_transform"), False),
-        ("", ("_gradient",), False),
-        ("", ("_step",), False),
+        ("", ("_train.step",), False),
+        ("", ("_loops.plan", "_loops.passes"), False),
+        ("", ("_tree", "__init__"), False),
+        ("", ("_engine.cut", "_engine.__init__"), False),
+        ("", ("_loops.functional",), False),
         ("", ("_method",), False),
+        ("", ("_presets.sam",), False),
         ("chex", (), True),
         ("haiku", (), False),
         ("tensorflow", (), False),
     ]
-    assert len(_upward("_gradient", found)) == 6  # all of the library's but _tree
+    # Twice the exports, the step, the functional form, and a preset; for the passes
+    # themselves a file of their own floor, too.
+    assert len(_upward("_loops.transform", found)) == 4
+    assert len(_upward("_loops.passes", found)) == 6
 
 
 def _public() -> list[str]:

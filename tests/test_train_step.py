@@ -105,7 +105,8 @@ def test_the_state_keeps_structure_shapes_and_dtypes():
     record, last = recorded()
     chex.assert_trees_all_equal_shapes_and_dtypes(record[0][1], last)
     chex.assert_trees_all_equal_structs(record[0][1], last)
-    fields = ("params", "model_state", "opt_state", "method_state", "key", "step")
+    fields = ("params", "model_state", "opt_state", "method_state")
+    fields += ("hyperparams", "key", "step")
     assert last._fields[: len(fields)] == fields
 
 
@@ -177,7 +178,7 @@ def test_a_run_compiles_at_most_one_cover_more_than_layers():
 
     step = make(
         loss=loss,
-        exact_sets=0,
+        max_executables=5,
         k=None,
         select=lambda norms, key: jax.random.bernoulli(key, 0.4, norms.shape),
     )

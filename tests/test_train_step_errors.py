@@ -37,14 +37,6 @@ def test_arguments_of_the_wrong_kind_raise(arguments, name):
         lwsam.TrainStep(*arguments)
 
 
-@pytest.mark.parametrize("as_transformation", [False, True])
-def test_multi_steps_as_the_base_optimizer_raises(as_transformation):
-    base = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
-    base = base.gradient_transformation() if as_transformation else base
-    with pytest.raises(ValueError, match=r"MultiSteps.*[Aa]ccumulate"):
-        start(make(base))
-
-
 def test_a_layerwise_sam_inside_the_base_optimizer_raises():
     base = optax.chain(lwsam.layerwise_sam(1, rho=0.1, alpha=0.8), optax.sgd(0.1))
     with pytest.raises(ValueError, match="`base_optimizer`"):

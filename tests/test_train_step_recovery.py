@@ -52,19 +52,6 @@ def test_a_warning_that_is_an_error_leaves_a_step_that_works():
     assert not np.asarray(info.mask).any()
 
 
-def test_a_second_run_begins_without_the_history_of_the_first():
-    step = make_step()
-    first = make_step()
-    state = start(first)
-    for batch in BATCHES:
-        state, _ = first(state, batch)
-    step.restore_history(first.history())
-    start(step)
-    assert step.history() == first.history()
-    start(step)
-    assert step.history()["seen"] == 0
-
-
 def test_a_second_run_scans_its_own_network():
     """Another size of batch or network has other prices."""
     step = make_step(max_overhead=0.6)
@@ -78,17 +65,6 @@ def test_a_second_run_scans_its_own_network():
     np.testing.assert_array_equal(infos.overhead, want.overhead)
 
 
-def test_a_history_of_other_layers_is_refused():
-    step = make_step()
-    history = {"seen": 3, "counts": [[["conv9"], 2.0]], "sets": [], "compiled": []}
-    for wrong in (history, {"seen": 3}):
-        start(step)
-        before = step.history()
-        with pytest.raises(ValueError, match=r"`history`.*same layers"):
-            step.restore_history(wrong)
-        assert step.history() == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,7 +72,8 @@ def test_a_history_of_other_layers_is_refused():
             {"selection_lag": -1},
             r"`selection_lag` to be >= 0, got -1\. Pass by how many",
         ),
-        ({"exact_sets": 2.5}, r"`exact_sets` to be an integer, got 2\.5.*covers alone"),
+        ({"max_executables": 2.5}, r"`max_executables` to be an integer, got 2\.5"),
+        ({"max_executables": 1}, r"`max_executables` to be >= 2, got 1\. .*the plain"),
     ],
 )
 def test_counts_have_remedies_of_their_own(arguments, message):

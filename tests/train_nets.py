@@ -46,10 +46,10 @@ def small_loss(params, model_state, batch, key):
     return value, (model_state, {})
 
 
-def make(base=None, loss=loss_fn, exact_sets=16, **options):
+def make(base=None, loss=loss_fn, max_executables=9, **options):
     method = lwsam.LayerwiseSAM(**{"k": 1, "rho": 0.3, "alpha": 0.7, **options})
     optimizer = base or optax.sgd(0.1, momentum=0.9)
-    return lwsam.TrainStep(loss, optimizer, method, exact_sets=exact_sets)
+    return lwsam.TrainStep(loss, optimizer, method, max_executables=max_executables)
 
 
 @functools.cache

@@ -1,0 +1,353 @@
+"""One step of any combination of the built-in parts, in float64 NumPy.
+
+A combination names a value for each axis, as `PARTS` spells them. What a library draws
+is given: the layers of a step, the examples of its ascent, its noise. Everything else is
+computed here, with the arithmetic of `family_reference`.
+"""
+
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import family_reference as family
+import reference
+from family_reference import added, norm_of, only, over, scaled, zeros
+from reference import Leaves
+
+
+LAYERS = reference.WEIGHTS
+LEAVES = tuple(reference.LEAVES)
+MEMBERS = tuple(leaf for leaves in LAYERS.values() for leaf in leaves)
+SIZE, STEPS = 8, 4
+RATE, MOMENTUM = 0.3, 0.9
+ETA, DECAY = 0.05, 0.5
+
+# The values of each axis, the default first.
+PARTS = {
+    "which": ("everything", "top_k", "named", "random_k", "nothing", "function"),
+    "ascent": (
+        "whole_batch",
+        "fraction",
+        "size",
+        "momentum",
+        "previous",
+        "random",
+        "function",
+    ),
+    "shape": (
+        "normalized",
+        "raw",
+        "normalized all",
+        "adaptive",
+        "relative layer",
+        "relative filter",
+        "chain",
+    ),
+    "combine": ("descend", "mix", "surrogate_gap", "reuse", "function"),
+    "when": ("always", "every", "last", "between", "predicate"),
+    "descent": ("None", "sharpest"),
+}
+STALE = ("momentum", "previous", "random")
+RHO = {"raw": 0.3, "relative layer": 0.1, "relative filter": 0.1}
+ALPHA = {"mix": 0.8, "surrogate_gap": 0.5}
+WEIGHT = 0.7  # of `reuse`
+SHARE = 0.5  # of `sharpest`
+# How many examples each ascent sees; the function's are the first ones.
+COUNTS = {"fraction": 2, "size": 3, "function": 5}
+WHEN = {
+    "always": (True, True, True, True),
+    "every": (True, False, True, False),
+    "last": (False, False, True, True),
+    "between": (False, True, True, False),
+    "predicate": (True, True, False, True),
+}
+
+
+class Parts(NamedTuple):
+    """A value for each axis."""
+
+    which: str = "everything"
+    ascent: str = "whole_batch"
+    shape: str = "normalized"
+    combine: str = "descend"
+    when: str = "always"
+    descent: str = "None"
+
+    @property
+    def rho(self) -> float:
+        """The radius that this shape is walked with."""
+        return RHO.get(self.shape, 0.4)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the ascent takes no pass."""
+        return self.ascent in STALE
+
+
+def refused(parts: Parts) -> str | None:
+    """The argument that a combination has to be refused for, None if it is right."""
+    if parts.is_stale and parts.combine != "descend":
+        return "combine"  # there is no ascent gradient
+    if parts.combine == "reuse" and parts.which != "everything":
+        return "combine"  # its norms are over all layers
+    if parts.descent == "sharpest" and parts.ascent != "whole_batch":
+        return "descent"  # nobody knows the clean losses
+    return None
+
+
+class Step(NamedTuple):
+    """What a step did, and what it leaves to the next.
+
+    Attributes:
+      params: After the step.
+      value: Clean loss of the whole batch; without such a pass that at the point.
+      perturbed_value: Loss of the whole batch at the point.
+      ascent_value: Clean loss of what the ascent sees; None where it takes no pass.
+      reported: Where the metrics were computed.
+      norms: Of the descent gradient, one for each layer.
+      rho: What was applied.
+      velocity: Of the base optimizer.
+      update: What the base optimizer got.
+      trace: State of the chain's trace.
+      across: What `reuse` keeps.
+    """
+
+    params: Leaves
+    value: float
+    perturbed_value: float
+    ascent_value: float | None
+    reported: Leaves
+    norms: dict[str, float]
+    rho: float
+    velocity: Leaves
+    update: Leaves
+    trace: Leaves
+    across: Leaves
+
+
+GRADIENT = family.gradient_of(reference.mlp_value_and_grad)
+LOSSES = family.losses_of(reference.mlp_value_and_grad)
+
+
+def loss(params: Leaves, batch: Any) -> float:
+    """Mean loss."""
+    return reference.mlp_value_and_grad(params, batch)[0]
+
+
+def first(params: Leaves) -> Step:
+    """What there is before the first step."""
+    zero = zeros(params)
+    norms = dict.fromkeys(LAYERS, 0.0)
+    return Step(params, 0, 0, None, params, norms, 0, zero, zero, zero, zero)
+
+
+def layers_of(parts: Parts, number: int, last: Step) -> tuple[str, ...] | None:
+    """The layers of a step; None where they are drawn."""
+    if not WHEN[parts.when][number] or parts.which == "nothing":
+        return ()
+    if parts.which == "random_k":
+        return None
+    if parts.which == "top_k":
+        return reference.top_k(last.norms, 1)
+    if parts.which == "named":
+        return tuple(name for name in LAYERS if name in ("a_out", "m_mid"))
+    if parts.which == "function":
+        bound = 0.9 * max(last.norms.values())
+        return tuple(name for name in LAYERS if last.norms[name] >= bound)
+    return tuple(LAYERS)
+
+
+def blocks(ascent: str) -> list[slice]:
+    """The examples that an ascent may see: blocks at multiples of their number."""
+    if ascent not in COUNTS:
+        return [slice(0, SIZE)]
+    count = COUNTS[ascent]
+    offsets = range(0, 1 if ascent == "function" else SIZE - count + 1, count)
+    return [slice(offset, offset + count) for offset in offsets]
+
+
+def step(
+    parts: Parts,
+    last: Step,
+    batch: Any,
+    layers: Collection[str],
+    rows: slice,
+    noise: Leaves,
+) -> Step:
+    """One step.
+
+    Args:
+      parts: The combination.
+      last: The step before.
+      batch: Inputs and labels.
+      layers: Those that this step perturbs; none: a plain step.
+      rows: The examples of the ascent.
+      noise: What `random` draws.
+    """
+    w = last.params
+    if not layers:
+        return _plain(parts, last, batch)
+    names = [leaf for name in layers for leaf in LAYERS[name]]
+    part = family.rows_of(batch, rows)
+    direction, ascent_value = _direction(parts, last, part, noise)
+    epsilon, trace = _perturbation(parts, last, direction, names)
+    point = added(w, 1.0, epsilon)
+    perturbed_value = loss(point, batch)
+    seen = batch
+    if parts.descent == "sharpest":
+        rise = LOSSES(point, batch) - LOSSES(w, batch)
+        order = np.argsort(-rise, kind="stable")
+        seen = family.rows_of(batch, np.sort(order[: int(SHARE * SIZE)]))
+    descent = GRADIENT(point, seen)
+    update, across = descent, last.across
+    if not parts.is_stale:
+        update, across = _combined(parts, last, direction, descent, names)
+    is_whole = parts.ascent == "whole_batch"
+    return _finished(
+        last,
+        update,
+        value=loss(w, batch) if is_whole else perturbed_value,
+        perturbed_value=perturbed_value,
+        ascent_value=ascent_value,
+        reported=w if is_whole else point,
+        norms=_norms(descent),
+        rho=parts.rho,
+        trace=trace,
+        across=across,
+    )
+
+
+def _plain(parts: Parts, last: Step, batch: Any) -> Step:
+    w = last.params
+    g = GRADIENT(w, batch)
+    update = g
+    if parts.combine == "reuse":
+        inside = only(g, MEMBERS)
+        share = over(WEIGHT * norm_of(inside.values()), norm_of(last.across.values()))
+        update = added(g, share, last.across)
+    value = loss(w, batch)
+    return _finished(
+        last,
+        update,
+        value=value,
+        perturbed_value=value,
+        ascent_value=None if parts.is_stale else value,
+        reported=w,
+        norms=_norms(g),
+        rho=0.0,
+        trace=last.trace,
+        across=last.across,
+    )
+
+
+def _finished(last: Step, update: Leaves, **found: Any) -> Step:
+    velocity = added(update, MOMENTUM, last.velocity)
+    params = added(last.params, -RATE, velocity)
+    return Step(params=params, velocity=velocity, update=update, **found)
+
+
+def _norms(gradient: Leaves) -> dict[str, float]:
+    return {
+        name: norm_of(gradient[leaf] for leaf in leaves)
+        for name, leaves in LAYERS.items()
+    }
+
+
+def _direction(
+    parts: Parts, last: Step, part: Any, noise: Leaves
+) -> tuple[Leaves, float | None]:
+    """What the perturbation is formed from, for all leaves; the loss on the way."""
+    if parts.ascent == "momentum":
+        return scaled(-1.0, last.velocity), None
+    if parts.ascent == "previous":
+        return last.update, None
+    if parts.ascent == "random":
+        return noise, None
+    return GRADIENT(last.params, part), loss(last.params, part)
+
+
+def _perturbation(
+    parts: Parts, last: Step, direction: Leaves, names: Sequence[str]
+) -> tuple[Leaves, Leaves]:
+    """The perturbation, and the state of the chain."""
+    w, trace = last.params, last.trace
+    if parts.shape == "chain":  # a trace of what each leaf had, then a norm of 1
+        seen = added(direction, DECAY, trace)
+        trace = {name: seen[name] if name in names else trace[name] for name in trace}
+        direction = seen
+    shapes = {
+        "raw": family.raw(),
+        "normalized": family.normalized(),
+        "normalized all": family.normalized(over_all=True),
+        "adaptive": family.adaptive(ETA),
+        "relative layer": family.relative_to_layers(LAYERS),
+        "relative filter": family.relative_to_filters(MEMBERS),
+        "chain": family.normalized(),
+    }
+    return scaled(parts.rho, shapes[parts.shape](w, direction, names)), trace
+
+
+def _combined(
+    parts: Parts, last: Step, ascent: Leaves, descent: Leaves, names: Sequence[str]
+) -> tuple[Leaves, Leaves]:
+    """What the base optimizer gets, and what `reuse` keeps."""
+    if parts.combine == "surrogate_gap":
+        across = family.without(ascent, descent)
+        return added(descent, -ALPHA["surrogate_gap"], across), last.across
+    inside, above = only(descent, names), only(ascent, names)
+    if parts.combine == "reuse":
+        return descent, family.without(inside, above)
+    if parts.combine == "mix":
+        mixed = added(scaled(1 - ALPHA["mix"], above), ALPHA["mix"], inside)
+    elif parts.combine == "function":  # the ascent gradient at the descent's length
+        length = over(norm_of(inside.values()), norm_of(above.values()))
+        mixed = scaled(0.5, added(inside, length, above))
+    else:
+        mixed = inside
+    return {n: mixed[n] if n in names else leaf for n, leaf in descent.items()}, (
+        last.across
+    )
+
+
+# --- which combinations to try --------------------------------------------------------
+
+
+Pair = tuple[tuple[str, str], tuple[str, str]]
+
+
+def product() -> list[Parts]:
+    """Every combination."""
+    return [Parts(*values) for values in itertools.product(*PARTS.values())]
+
+
+def pairs_of(parts: Parts) -> set[Pair]:
+    """The pairs of values of two axes in a combination."""
+    return set(itertools.combinations(parts._asdict().items(), 2))
+
+
+def all_pairs() -> set[Pair]:
+    """Every pair of values of two axes."""
+    return {
+        ((one, a), (other, b))
+        for one, other in itertools.combinations(PARTS, 2)
+        for a, b in itertools.product(PARTS[one], PARTS[other])
+    }
+
+
+def few() -> tuple[list[Parts], list[Parts]]:
+    """Combinations that are right and hold every pair that one of them can hold.
+
+    And one for each other pair, which has to be refused. Greedy, the same in each run:
+    what holds most of the missing pairs comes next.
+    """
+    right = {p: pairs_of(p) for p in product() if refused(p) is None}
+    possible = set().union(*right.values())
+    missing, chosen = set(possible), []
+    while missing:
+        best = max(right, key=lambda parts: len(right[parts] & missing))
+        chosen.append(best)
+        missing -= right[best]
+    wrong = [Parts()._replace(**dict(pair)) for pair in sorted(all_pairs() - possible)]
+    return chosen, wrong
