@@ -45,6 +45,11 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
+def share(text: str) -> float:
+    """Parse a number from above 0 to 1."""
+    return _number(text, float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
+
+
 def model(text: str) -> str:
     """Parse the name of a network."""
     try:

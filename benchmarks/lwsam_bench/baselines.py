@@ -1,4 +1,4 @@
-"""Training steps without this library, as a user of JAX and Optax would write them.
+"""Training steps without a `TrainStep`, as a user of JAX and Optax would write them.
 
 Each maker returns a jitted `step(state, batch) -> state` that donates its state, which is
 `(params, model_state, opt_state)`, and the optimizer's `init`.
@@ -15,19 +15,33 @@ from lwsam_bench.workloads import Workload
 
 
 Made = tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]
+Optimizer = optax.GradientTransformation
 
 
 def sgd(workload: Workload) -> Made:
     """Make the plain step: what all others are compared with."""
-    optimizer, gradient = workload.optimizer, _gradient(workload)
+    return plain(lambda optimizer: optimizer)(workload)
 
-    def step(state: Any, batch: Any) -> Any:
-        params, model_state, opt_state = state
-        (_, (model_state, _)), grads = gradient(params, model_state, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), model_state, opt_state
 
-    return jax.jit(step, donate_argnums=0), optimizer.init
+def plain(change: Callable[[Optimizer], Optimizer]) -> Callable[[Workload], Made]:
+    """Return a maker of the plain step with another optimizer: one line is changed.
+
+    Args:
+      change: Returns it, given the workload's own.
+    """
+
+    def make(workload: Workload) -> Made:
+        optimizer, gradient = change(workload.optimizer), _gradient(workload)
+
+        def step(state: Any, batch: Any) -> Any:
+            params, model_state, opt_state = state
+            (_, (model_state, _)), grads = gradient(params, model_state, batch)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), model_state, opt_state
+
+        return jax.jit(step, donate_argnums=0), optimizer.init
+
+    return make
 
 
 def optax_sam(rho: float) -> Callable[[Workload], Made]:

@@ -21,6 +21,8 @@ from lwsam_bench._errors import UserError
 
 
 KEEP = 2
+# Raised when a train step has another kind of state.
+_LAYOUT = 2
 
 
 class Checkpoints:
@@ -57,7 +59,8 @@ class Checkpoints:
         if self.latest() == step:
             return
         arrays = _arrays(state)
-        position = {**position, "step": step, "sha256": _digest(arrays)}
+        position = {**position, "layout": _LAYOUT, "step": step}
+        position["sha256"] = _digest(arrays)
         try:
             self._manager.save(
                 step,
@@ -84,26 +87,30 @@ class Checkpoints:
           The state, and the position as it was saved.
 
         Raises:
-          UserError: If it is damaged or of another structure.
+          UserError: If it is damaged, of another structure or of an earlier version.
         """
-        expected = _arrays(template)
-        try:
-            read = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_like(expected)),
-                    position=ocp.args.JsonRestore(),
-                ),
+        position = dict(self._read(step, position=ocp.args.JsonRestore()))
+        if position.get("layout") != _LAYOUT:
+            raise UserError(
+                f"{self.folder} holds a run of an earlier version, which this one cannot"
+                " go on with. Use another --out, or --no-resume to replace it"
             )
-            position = dict(read["position"])
-            arrays = {name: np.asarray(x) for name, x in read["state"].items()}
+        expected = ocp.args.StandardRestore(_like(_arrays(template)))
+        read = self._read(step, state=expected)
+        arrays = {name: np.asarray(x) for name, x in read.items()}
+        if position.get("sha256") != _digest(arrays):
+            raise self._damaged(step, "its arrays are not those that were written")
+        return _rebuild(template, arrays), position
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """Return an item of a checkpoint, given by its name and how to restore it."""
+        (name,) = item
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # Orbax and TensorStore raise many kinds
             _silence_late_reads()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise self._damaged(step, reason) from error
-        if position.get("sha256") != _digest(arrays):
-            raise self._damaged(step, "its arrays are not those that were written")
-        return _rebuild(template, arrays), position
 
     def close(self) -> None:
         """Finish what is being written."""

@@ -1,44 +1,23 @@
 """The command `train` of the command line: its arguments, and what they stand for."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from lwsam_bench import arguments as parse, model_names
+from lwsam_bench import arguments as parse, cli_method, model_names
 from lwsam_bench._errors import UserError
+from lwsam_bench.cli_method import filled, refuse
 from lwsam_bench.config import (
-    CRITERIA,
     DATASET_DEFAULTS,
     DATASETS,
     FILE_DEFAULTS,
     LOG_EVERY,
-    METHOD_DEFAULTS,
-    METHODS,
-    NORMALIZE,
     OPTIMIZERS,
     RunOptions,
     TrainConfig,
 )
 
 
-_BUDGETS = ("max_overhead", "mean_overhead")
-# Options that say nothing about a method.
-_WITHOUT_MEANING: Mapping[str, tuple[str, ...]] = {
-    "sgd": (
-        "k",
-        "rho",
-        "alpha",
-        "normalize",
-        "criterion",
-        "every",
-        "reuse",
-        *_BUDGETS,
-    ),
-    "sam": ("k", "criterion", "reuse", *_BUDGETS),
-    "gsam": ("k", "criterion", "reuse", *_BUDGETS),
-    "looksam": ("k", "criterion", *_BUDGETS, "alpha", "normalize"),
-    "lwsam": ("reuse",),
-}
 # The learning rate of AdamW, and of a new head on a network that is trained already.
 _SMALL_LR = 0.001
 
@@ -63,8 +42,7 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
         type=parse.model,
         help=f"{model_names.SCHEME}; default: what suits the dataset",
     )
-    add("--method", choices=METHODS, default="lwsam")
-    _add_method(parser)
+    cli_method.add(parser)
     add("--optimizer", choices=OPTIMIZERS, default=TrainConfig.optimizer)
     add("--lr", type=parse.non_negative, help="default: 0.1; 0.001 for adamw and ViT")
     add("--momentum", type=parse.non_negative, help="of sgd (default 0.9)")
@@ -86,29 +64,6 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
         help="go on with the run in --out, if there is one; --no-resume replaces it",
     )
     parser.set_defaults(run=lambda arguments: _train(arguments, start))
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--k", type=parse.count, help="layers that lwsam perturbs (default 4)")
-    add("--criterion", choices=CRITERIA, help="norms of the layers that lwsam takes")
-    add(
-        "--rho", type=parse.non_negative, help="radius (default: of the method's paper)"
-    )
-    add("--alpha", type=parse.non_negative, help="weight of the perturbed gradient")
-    add("--normalize", choices=NORMALIZE, help="norm that the perturbation is over")
-    add("--every", type=parse.count, help="steps from one ascent to the next")
-    add("--reuse", type=parse.non_negative, help="weight of what looksam keeps")
-    add(
-        "--max-overhead",
-        type=parse.non_negative,
-        help="most that a step of lwsam may cost over a plain one: 0.1 for 1.1 times",
-    )
-    add(
-        "--mean-overhead",
-        type=parse.non_negative,
-        help="the same for the mean step: what one step leaves, a later one may spend",
-    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -153,17 +108,14 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
             " path of an .npz file"
         )
     dataset = DATASET_DEFAULTS.get(name, FILE_DEFAULTS)
-    method = METHOD_DEFAULTS[arguments.method]
     model = model_names.parse(arguments.model or dataset.model)
-    _refuse(arguments, _WITHOUT_MEANING[arguments.method], "method", arguments.method)
-    if arguments.criterion == "all":
-        _refuse(arguments, ("k",), "criterion", "all")
+    method = cli_method.fields(arguments)
     if model.reads_text:
-        _refuse(arguments, ("augment", "image_size"), "model", model.name)
+        refuse(arguments, ("augment", "image_size"), "model", model.name)
     if model.family != "vit":
-        _refuse(arguments, ("weights",), "model", model.name)
+        refuse(arguments, ("weights",), "model", model.name)
     if arguments.optimizer != "sgd":
-        _refuse(arguments, ("momentum",), "optimizer", arguments.optimizer)
+        refuse(arguments, ("momentum",), "optimizer", arguments.optimizer)
     is_slow = arguments.optimizer == "adamw" or model.family == "vit"
     epochs = arguments.epochs
     if arguments.steps is None and epochs is None:
@@ -171,41 +123,19 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig(
         dataset=name,
         model=model.name,
-        method=arguments.method,
-        k=0 if arguments.criterion == "all" else _or(arguments.k, method.k),
-        rho=_or(arguments.rho, method.rho),
-        alpha=_or(arguments.alpha, method.alpha),
-        normalize=_or(arguments.normalize, method.normalize),
         steps=arguments.steps,
         epochs=epochs,
         seed=arguments.seed,
-        batch_size=_or(arguments.batch_size, dataset.batch_size),
-        lr=_or(arguments.lr, _SMALL_LR if is_slow else TrainConfig.lr),
-        momentum=_or(arguments.momentum, TrainConfig.momentum),
+        batch_size=filled(arguments.batch_size, dataset.batch_size),
+        lr=filled(arguments.lr, _SMALL_LR if is_slow else TrainConfig.lr),
+        momentum=filled(arguments.momentum, TrainConfig.momentum),
         weight_decay=arguments.weight_decay,
-        label_smoothing=_or(arguments.label_smoothing, dataset.label_smoothing),
-        augment=_or(arguments.augment, dataset.augment),
-        criterion=_or(arguments.criterion, TrainConfig.criterion),
-        every=_or(arguments.every, method.every),
-        reuse=_or(arguments.reuse, method.reuse),
-        max_overhead=arguments.max_overhead,
-        mean_overhead=arguments.mean_overhead,
+        label_smoothing=filled(arguments.label_smoothing, dataset.label_smoothing),
+        augment=filled(arguments.augment, dataset.augment),
         optimizer=arguments.optimizer,
         train_images=arguments.train_images,
         test_images=arguments.test_images,
         image_size=arguments.image_size,
         weights=arguments.weights,
+        **method,
     )
-
-
-def _refuse(
-    arguments: argparse.Namespace, options: tuple[str, ...], kind: str, value: str
-) -> None:
-    for option in options:
-        if getattr(arguments, option) is not None:
-            flag = option.replace("_", "-")
-            raise UserError(f"--{flag} has no meaning for --{kind} {value}")
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -19,8 +19,30 @@ DATASETS = (
     "oxford_flowers102_subset",
     "tiny_shakespeare",
 )
-METHODS = ("sgd", "sam", "gsam", "looksam", "lwsam")
-NORMALIZE = ("none", "selected", "full")
+METHODS = (
+    "sgd",
+    "sam",
+    "lwsam",
+    "generalized_sam",
+    "looksam",
+    "asam",
+    "sam_on",
+    "gsam",
+    "friendly_sam",
+    "esam",
+    "perturbed",
+    "momentum_sam",
+)
+# Along what the perturbation is: the second kind takes no gradient of its own.
+STALE = ("momentum", "previous", "random")
+ASCENTS = ("whole_batch", "micro_batch", *STALE)
+# The shapes of the layer-wise paper, by what its radius is over; and all of them.
+NORMALIZE: Mapping[str, str] = {
+    "none": "raw",
+    "selected": "normalized",
+    "full": "normalized_all",
+}
+SHAPES = (*NORMALIZE.values(), "adaptive", "relative", "relative_filter")
 CRITERIA = ("high", "low", "random", "all")
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -63,26 +85,39 @@ FILE_DEFAULTS = DatasetDefaults(model="resnet20", epochs=150, augment=True)
 class MethodDefaults:
     """Hyperparameters of a method unless the user says otherwise."""
 
-    k: int
     rho: float
-    alpha: float
-    normalize: str
+    alpha: float = 1.0
+    k: int = 0
+    normalize: str = "selected"
     every: int = 1
     reuse: float = 0.0
+    ascent: str = "whole_batch"
+    shape: str | None = None
 
 
 METHOD_DEFAULTS: Mapping[str, MethodDefaults] = {
-    "sgd": MethodDefaults(k=0, rho=0.0, alpha=1.0, normalize="none"),
+    "sgd": MethodDefaults(rho=0.0, normalize="none"),
     # Foret et al. (2021) for CIFAR-10.
-    "sam": MethodDefaults(k=0, rho=0.05, alpha=1.0, normalize="selected"),
+    "sam": MethodDefaults(rho=0.05),
     # Lee (2024) for CIFAR-10: r = 0.1, alpha = 0.8, and no normalisation (Eq. 3).
-    "lwsam": MethodDefaults(k=4, rho=0.1, alpha=0.8, normalize="none"),
+    "lwsam": MethodDefaults(rho=0.1, alpha=0.8, k=4, normalize="none"),
     # Zhao et al. (2022), as the layer-wise paper tuned it: Eq. 3 of that.
-    "gsam": MethodDefaults(k=0, rho=0.1, alpha=0.8, normalize="none"),
+    "generalized_sam": MethodDefaults(rho=0.1, alpha=0.8, normalize="none"),
     # Liu et al. (2022): the radius of SAM, ascents in every third step (Lee, Table 1).
-    "looksam": MethodDefaults(
-        k=0, rho=0.05, alpha=1.0, normalize="selected", every=3, reuse=0.7
-    ),
+    "looksam": MethodDefaults(rho=0.05, every=3, reuse=0.7),
+    # Kwon et al. (2021) for CIFAR-10.
+    "asam": MethodDefaults(rho=0.5),
+    # Mueller et al. (2023) for CIFAR.
+    "sam_on": MethodDefaults(rho=0.5),
+    # Zhuang et al. (2022): the smallest of their radii, which are for ImageNet.
+    "gsam": MethodDefaults(rho=0.1, alpha=0.4),
+    # Li et al. (2024) for CIFAR-10.
+    "friendly_sam": MethodDefaults(rho=0.1),
+    # Du et al. (2022).
+    "esam": MethodDefaults(rho=0.05),
+    "perturbed": MethodDefaults(rho=0.1, ascent="momentum", shape="relative"),
+    # Becker et al. (2024), as their code is called.
+    "momentum_sam": MethodDefaults(rho=3.0, ascent="momentum"),
 }
 
 
@@ -96,18 +131,19 @@ class TrainConfig:
       dataset: One of `DATASETS`, or the path of an `.npz` file.
       model: A name that follows `model_names.SCHEME`.
       method: One of `METHODS`.
-      k: Layers that `lwsam` perturbs.
+      k: Layers that `lwsam` perturbs, and those methods that perturb all layers if it is
+        0.
       rho: Radius of the perturbation.
-      alpha: Weight of the perturbed gradient.
+      alpha: Weight of the perturbed gradient; of `gsam` that of the surrogate gap.
       normalize: One of `NORMALIZE`.
       steps: Length of the run; exactly one of steps and epochs is given.
       epochs: Length of the run.
       criterion: Which layers `lwsam` takes: of the largest norms, of the smallest, drawn
         at random, or all of them.
-      every: Period of the ascent in steps, for every method that has one.
+      every: Period of the perturbation in steps.
       reuse: Weight of the stored direction in the steps of `looksam` between two ascents.
-      max_overhead: As of `lwsam.LayerwiseSAM`.
-      mean_overhead: As of `lwsam.LayerwiseSAM`.
+      max_overhead: As of `lwsam.Method`.
+      mean_overhead: As of `lwsam.Method`.
       optimizer: One of `OPTIMIZERS`; `adamw` decouples the weight decay from the loss.
       train_images: Only so many training images, the first of a fixed random order; None
         takes all. Of a text, characters.
@@ -117,6 +153,11 @@ class TrainConfig:
       decay_at: Fractions of the run at which the learning rate falls by ten.
       weights: File of published weights for a network that is fine-tuned. It is the
         content that decides, not the path.
+      ascent: One of `ASCENTS`.
+      fraction: Share of the batch that the ascent `micro_batch` sees.
+      shape: One of `SHAPES` that `normalize` has no name for; None if it has one. Not
+        read of methods whose shape is their own.
+      last: Only the last steps perturb, this share of the run; None is the whole run.
     """
 
     dataset: str
@@ -146,6 +187,10 @@ class TrainConfig:
     image_size: int | None = None
     decay_at: tuple[float, ...] = DECAY_AT
     weights: str | None = None
+    ascent: str = "whole_batch"
+    fraction: float | None = None
+    shape: str | None = None
+    last: float | None = None
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of training steps of the whole run."""

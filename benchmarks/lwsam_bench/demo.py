@@ -7,11 +7,10 @@ their times can be compared.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -19,7 +18,7 @@ import lwsam_jax as lwsam
 from lwsam_bench import data, models
 from lwsam_bench.augment import Batches
 from lwsam_bench.measure import Stopwatch
-from lwsam_bench.methods import make_method
+from lwsam_bench.methods import make_method, with_radius
 from lwsam_bench.metrics import Row
 from lwsam_bench.training import Evaluator, make_loss_fn, make_schedule, Network
 
@@ -71,7 +70,6 @@ class Racer:
 
     method: DemoMethod
     step: lwsam.TrainStep
-    first_step: int = 0
     state: Any = None
     infos: list[Any] = dataclasses.field(default_factory=list)
     seconds: float = 0.0  # of the last epoch
@@ -132,7 +130,9 @@ class Demo:
                 batches(0),
                 key=jax.random.key(seed),
             )
-            racer.state = state._replace(step=state.step + racer.first_step)
+            # SGD has no radius.
+            rho = racer.method.rho
+            racer.state = with_radius(state, rho) if rho else state
         for epoch in range(self.config.epochs):
             first = epoch * self.steps_per_epoch
             group = [batches(first + i) for i in range(self.steps_per_epoch)]
@@ -149,41 +149,24 @@ class Demo:
     def _make_racers(self, network: Network) -> list[Racer]:
         """Return a racer for each method; what it compiles, all seeds use.
 
-        So do methods that differ in the radius alone: it is read from a table by the
-        number of the step, and each of them starts at the number of its entry.
+        So do methods that differ in the radius alone, which is part of the state.
         """
         total = self.config.epochs * self.steps_per_epoch
-        apart = total + total % 2  # even: "every second step" begins with a SAM step
         optimizer = optax.sgd(
             make_schedule(self.config.lr, total), momentum=self.config.momentum
         )
-        radii: dict[tuple[Any, ...], list[float]] = {}
+        loss_fn = make_loss_fn(network)
+        steps: dict[tuple[Any, ...], lwsam.TrainStep] = {}
         for method in self.config.methods:
-            radii.setdefault(method.kind, []).append(method.rho)
-        steps = {
-            kind: lwsam.TrainStep(
-                make_loss_fn(network),
-                optimizer,
-                make_method(
-                    method,
-                    k=k,
-                    rho=table[0] if len(table) == 1 else _table(table, apart),
-                    alpha=1.0,
-                    normalize="selected",
-                    when=lwsam.every(every) if every > 1 else None,
-                ),
-            )
-            for kind, table in radii.items()
-            for method, k, every in [kind]
-        }
-        return [
-            Racer(
-                method,
-                steps[method.kind],
-                first_step=radii[method.kind].index(method.rho) * apart,
-            )
-            for method in self.config.methods
-        ]
+            if method.kind not in steps:
+                made = make_method(
+                    method.method,
+                    rho=method.rho,
+                    k=method.k,
+                    when=lwsam.every(method.every),
+                )
+                steps[method.kind] = lwsam.TrainStep(loss_fn, optimizer, made)
+        return [Racer(method, steps[method.kind]) for method in self.config.methods]
 
     def _network(self, seed: int) -> Network:
         return Network.of(
@@ -221,11 +204,6 @@ class Demo:
             "norms": {n: float(norms[i]) for n, i in zip(names, where, strict=True)},
             "perturbed": {n: int(masks[i]) for n, i in zip(names, where, strict=True)},
         }
-
-
-def _table(values: Sequence[float], apart: int) -> Callable[[Any], Any]:
-    """Return a schedule: the i-th value for `apart` steps from step `i * apart` on."""
-    return lambda step_count: jnp.asarray(values, jnp.float32)[step_count // apart]
 
 
 def in_depth_order(layers: lwsam.Layers) -> list[str]:

@@ -178,8 +178,7 @@ class _Sweep:
             with reading(self._console, self._task.dataset) as on_record:
                 self._course = Course(self._task, data_dir, on_record)
         if self._runner is None:
-            ladder = () if rho is None else self._config.ladder
-            self._runner = self._course.runner(method, ladder)
+            self._runner = self._course.runner(method)
         row: Row = {
             "kind": "run",
             "phase": phase,

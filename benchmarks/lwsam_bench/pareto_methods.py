@@ -5,11 +5,6 @@ methods climb the same ladder of radii, each from a step of its own.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import jax.numpy as jnp
-from jax import Array
 
 import lwsam_jax as lwsam
 
@@ -29,8 +24,8 @@ class Method:
       k: Layers of the largest norm; None takes all that the budget admits.
       every: Period of the steps that perturb.
       leaves: Whether every parameter counts, as in SAM, not only the weights.
-      max_overhead: As of `lwsam.LayerwiseSAM`.
-      mean_overhead: As of `lwsam.LayerwiseSAM`.
+      max_overhead: As of `lwsam.Method`.
+      mean_overhead: As of `lwsam.Method`.
     """
 
     name: str
@@ -110,34 +105,15 @@ METHODS: tuple[Method, ...] = (
 )
 
 
-def configure(
-    method: Method, rho: float | Callable[[Array], Any]
-) -> lwsam.LayerwiseSAM:
+def configure(method: Method, rho: float) -> lwsam.Method:
     """Return the library's configuration of a method."""
     if method.name == "sgd":
-        return lwsam.LayerwiseSAM(k=0, rho=0.0, alpha=1.0)
-    return lwsam.LayerwiseSAM(
-        k=method.k,
-        select=lwsam.everything() if method.k is None else None,
+        return lwsam.Method(lwsam.nothing(), rho=0.0)
+    return lwsam.Method(
+        lwsam.everything() if method.k is None else lwsam.top_k(method.k),
         rho=rho,
-        alpha=1.0,
-        normalize="selected",
         rule=lwsam.leaves if method.leaves else None,
-        when=lwsam.every(method.every) if method.every > 1 else None,
+        when=lwsam.every(method.every),
         max_overhead=method.max_overhead,
         mean_overhead=method.mean_overhead,
     )
-
-
-# Steps from a run of one radius to those of the next; a multiple of all periods.
-STRIDE = 1_000_000
-
-
-def radius_by_step(radii: Sequence[float]) -> Callable[[Array], Array]:
-    """Return a schedule that takes the i-th radius in the steps from i * STRIDE on.
-
-    A train step compiles its radius in. With this schedule one train step serves a whole
-    grid: a run of the i-th radius starts to count its steps at i * STRIDE.
-    """
-    table = tuple(radii)
-    return lambda step: jnp.asarray(table, jnp.float32)[step // STRIDE]

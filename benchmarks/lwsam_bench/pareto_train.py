@@ -3,19 +3,19 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lwsam_jax as lwsam
 from lwsam_bench import data, models
 from lwsam_bench.augment import Batches
+from lwsam_bench.methods import with_radius
 from lwsam_bench.metrics import Row
-from lwsam_bench.pareto_methods import configure, Method, radius_by_step, STRIDE
+from lwsam_bench.pareto_methods import configure, Method
 from lwsam_bench.training import Evaluator, make_loss_fn, make_schedule, Network
 
 
@@ -88,19 +88,19 @@ class Course:
             augment=False,
         )
 
-    def runner(self, method: Method, radii: Sequence[float]) -> "Runner":
-        """Return what trains by a method, at any of the radii and any seed."""
+    def runner(self, method: Method) -> "Runner":
+        """Return what trains by a method, at any radius and from any seed."""
         schedule = make_schedule(self.task.lr, self.task.steps)
         step = lwsam.TrainStep(
             self._loss_fn,
             optax.sgd(schedule, momentum=self.task.momentum),
-            configure(method, radius_by_step(radii) if radii else 0.0),
+            configure(method, rho=1.0),  # each run sets its own
         )
         network, batches = self._network(seed=0), self._batches(seed=0)
         state = step.init(
             network.params, network.model_state, batches(0), key=jax.random.key(0)
         )
-        return Runner(self, step, state, tuple(radii))
+        return Runner(self, step, state)
 
     def start(self, state: Any, seed: int) -> tuple[Any, Batches]:
         """Return the state before a run, and the run's batches.
@@ -127,30 +127,18 @@ class Course:
         }
 
 
-_NO_HISTORY = {"seen": 0, "counts": [], "sets": [], "compiled": []}
-
-
 class Runner:
     """A method's train step, shared by its runs so that it is traced once."""
 
-    def __init__(
-        self,
-        course: Course,
-        step: lwsam.TrainStep,
-        state: Any,
-        radii: tuple[float, ...],
-    ) -> None:
-        self._course, self._step, self._state, self._radii = course, step, state, radii
+    def __init__(self, course: Course, step: lwsam.TrainStep, state: Any) -> None:
+        self._course, self._step, self._state = course, step, state
 
     def run(self, rho: float | None, seed: int) -> Row:
         """Train from a seed; return what is measured."""
-        # Each run costs what it would on its own, whichever ran before it.
-        self._step.restore_history(_NO_HISTORY)
         began, compiling = time.perf_counter(), self._step.compile_seconds
         state, batches = self._course.start(self._state, seed)
         if rho is not None:
-            first = self._radii.index(rho) * STRIDE
-            state = state._replace(step=jnp.asarray(first, jnp.int32))
+            state = with_radius(state, rho)
         infos = []
         for number in range(self._course.task.steps):
             state, info = self._step(state, batches(number))
@@ -171,7 +159,8 @@ class Runner:
             "overhead_most": float(np.max(overheads)),
             "overhead_sets": self._if_every_set_were_compiled(masks),
             "layers_mean": float(np.mean(masks.sum(axis=1))),
-            "executables": len(self._step.executables),
+            # Those that ran: each has a price of its own.
+            "executables": len(np.unique(overheads)),
             "compile_seconds": round(self._step.compile_seconds - compiling, 2),
             "seconds": round(seconds, 2),
         }

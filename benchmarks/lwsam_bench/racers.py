@@ -15,10 +15,18 @@ from lwsam_bench.workloads import Workload
 
 SAM_RHO = 0.05  # Foret et al. (2021) for CIFAR-10
 PAPER_K, PAPER_RHO, PAPER_ALPHA = 4, 0.1, 0.8  # Lee (2024) for CIFAR-10
+FRACTION = 0.1  # of the batch, that a cheap ascent sees
+MOMENTUM_RHO = 3.0  # Becker et al. (2024)
+RELATIVE_RHO, NOISE_RHO = 0.1, 0.2  # shares of the norm of each layer
 
 SGD = "SGD"
 OPTAX_SAM = "optax.contrib.sam"
 PAPER = f"layer-wise SAM, top {PAPER_K}"
+TENTH = f"{PAPER}, ascent on 1/10"
+SAM_TENTH = "SAM, ascent on 1/10"
+MOMENTUM_SAM = "momentum_sam"
+PERTURBED = "perturbed, momentum"
+NOISE = "perturbed, random"
 
 
 class Program(NamedTuple):
@@ -42,13 +50,11 @@ class Racer(abc.ABC):
       label: Its name in the table.
       ratios: FLOPs of each step over a plain gradient, by the cost model.
       compile_seconds: Spent in calls that had to compile.
-      executables: The most that it held at one time.
     """
 
     label: str
     ratios: list[float]
     compile_seconds: float
-    executables: int
 
     @abc.abstractmethod
     def start(self, workload: Workload) -> None:
@@ -77,7 +83,7 @@ class PlainRacer(Racer):
 
     Args:
       label: Its name in the table.
-      make: One of `baselines`.
+      make: Of `baselines`.
       gradients: FLOPs of a step over a plain gradient.
     """
 
@@ -92,7 +98,6 @@ class PlainRacer(Racer):
         params, model_state = _copy((workload.params, workload.model_state))
         self._state = (params, model_state, init(params))
         self.ratios, self.compile_seconds, self._done = [], 0.0, 0
-        self.executables = 1
 
     def step(self, batch: Any) -> Any:
         """Run a step."""
@@ -124,7 +129,7 @@ class TrainStepRacer(Racer):
       selections: The layers of each step; bit i stands for the i-th layer.
     """
 
-    def __init__(self, label: str, method: lwsam.LayerwiseSAM):
+    def __init__(self, label: str, method: lwsam.Method):
         self.label, self._method = label, method
 
     def start(self, workload: Workload) -> None:
@@ -134,9 +139,8 @@ class TrainStepRacer(Racer):
         )
         params, model_state, batch, key = workload.args()
         self._state = self.train_step.init(params, model_state, batch, key=key)
-        self._covers: dict[lwsam.Cover, None] = {}
         self._unread: list[Any] = []
-        self.ratios, self.selections, self.executables = [], [], 0
+        self.ratios, self.selections = [], []
 
     @property
     def compile_seconds(self) -> float:
@@ -150,23 +154,20 @@ class TrainStepRacer(Racer):
         return self._state, info
 
     def note(self) -> None:
-        """Read what the steps cost; remember executables that may be evicted."""
+        """Read what the steps cost and which layers they perturbed."""
         for overhead, mask in self._unread:
             self.ratios.append(1.0 + float(overhead))
             chosen = np.flatnonzero(mask).tolist()
             self.selections.append(sum(1 << i for i in chosen))
         self._unread = []
-        held = self.train_step.executables
-        self._covers.update(dict.fromkeys(held))
-        self.executables = max(self.executables, len(held))
 
     def programs(self, batch: Any) -> Iterable[Program]:
-        """Yield those that ran, evicted ones too."""
+        """Yield those that ran."""
         assert self.train_step.cost is not None
         ratios = np.asarray(self.ratios)
-        for cover in self._covers:
-            model = self.train_step.cost.ratio(cover, self._method.normalize)
-            # The step reports in float32. Sets of equal price share their steps.
+        for cover in self.train_step.executables:
+            model = self.train_step.cost.ratio(cover, self._method.ascent)
+            # The step reports in float32.
             steps = int(np.sum(np.abs(ratios - model) < 1e-6))
             lower = lambda cover=cover: self.train_step.lower(self._state, batch, cover)
             yield Program(model, steps, lower)
@@ -194,7 +195,7 @@ class TrainStepRacer(Racer):
         # Past the library's surface: only there its own time can be told from the rest.
         executables = self.train_step._executables
         assert executables is not None
-        kept: dict[int, Callable[..., Any]] = {}
+        kept: dict[lwsam.Cover, Callable[..., Any]] = {}
         found = []
         for _ in range(steps):
             for choice, executable in executables._steps.items():
@@ -217,17 +218,8 @@ class TrainStepRacer(Racer):
 
 def everyone() -> list[Racer]:
     """Return the rows of the table; the first is what the others are compared with."""
-    sam = {
-        "select": lwsam.everything(),
-        "rule": lwsam.leaves,
-        "rho": SAM_RHO,
-        "alpha": 1.0,
-        "normalize": "selected",
-    }
     paper = {"k": PAPER_K, "rho": PAPER_RHO, "alpha": PAPER_ALPHA}
-    own = lambda label, **arguments: TrainStepRacer(
-        label, lwsam.LayerwiseSAM(**arguments)
-    )
+    tenth = lwsam.micro_batch(FRACTION)
     return [
         PlainRacer(SGD, baselines.sgd, 1.0),
         PlainRacer(OPTAX_SAM, baselines.optax_sam(SAM_RHO), 2.0),
@@ -236,9 +228,35 @@ def everyone() -> list[Racer]:
             baselines.two_gradients(PAPER_RHO, PAPER_ALPHA),
             2.0,
         ),
-        *(own(f"SAM every {n} steps", **sam, when=lwsam.every(n)) for n in (2, 5)),
-        own(PAPER, **paper),
-        *(own(budget(b), **paper, max_overhead=b) for b in (0.05, 0.10, 0.25)),
+        *(
+            TrainStepRacer(
+                f"SAM every {n} steps", lwsam.sam(SAM_RHO, when=lwsam.every(n))
+            )
+            for n in (2, 5)
+        ),
+        TrainStepRacer(PAPER, lwsam.LayerwiseSAM(**paper)),
+        *(
+            TrainStepRacer(budget(b), lwsam.LayerwiseSAM(**paper, max_overhead=b))
+            for b in (0.05, 0.10, 0.25)
+        ),
+        TrainStepRacer(
+            TENTH, lwsam.Method(lwsam.top_k(PAPER_K), rho=PAPER_RHO, ascent=tenth)
+        ),
+        TrainStepRacer(SAM_TENTH, lwsam.sam(SAM_RHO, ascent=tenth)),
+        *_optimizers(),
+    ]
+
+
+def _optimizers() -> list[Racer]:
+    """Return the methods that are optimizers, each in the loop of SGD."""
+    made = {
+        MOMENTUM_SAM: lambda base: lwsam.momentum_sam(base, MOMENTUM_RHO),
+        PERTURBED: lambda base: lwsam.perturbed(base, RELATIVE_RHO),
+        NOISE: lambda base: lwsam.perturbed(base, NOISE_RHO, ascent=lwsam.random()),
+    }
+    return [
+        PlainRacer(label, baselines.plain(change), 1.0)
+        for label, change in made.items()
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import filelock
 
+from lwsam_bench import earlier
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import differences, TrainConfig
 
@@ -101,16 +102,8 @@ def refuse_other_run(
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as JSON has it, with the fields that it does not know.
-
-    A run from before a field was there is one with the field's default.
-    """
-    known = {
-        field.name: field.default
-        for field in dataclasses.fields(TrainConfig)
-        if field.default is not dataclasses.MISSING
-    }
-    whole = json.loads(json.dumps({**known, **config}))
+    """Return a configuration as JSON has it, whichever version it is from."""
+    whole = json.loads(json.dumps(earlier.config(config)))
     return {name: value for name, value in whole.items() if name not in _NOT_COMPARED}
 
 

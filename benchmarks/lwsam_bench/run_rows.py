@@ -36,6 +36,7 @@ def train_row(
         "perturbed_loss": float(host.perturbed_value),
         "accuracy": float(host.metrics["accuracy"]),
         "lr": float(lr(where["step"] - 1)),
+        "rho": float(host.rho),
         "overhead": float(host.overhead),
         "finite": bool(host.finite),
         "perturbed": [n for n, on in zip(names, host.mask, strict=True) if on],

@@ -1,7 +1,5 @@
-"""The tables, charts and acceptance figures of `speed`, from its rows."""
+"""The tables and charts of `speed`, from its rows."""
 
-import dataclasses
-import math
 import pathlib
 from collections.abc import Sequence
 
@@ -10,11 +8,7 @@ from matplotlib import pyplot as plt
 
 from lwsam_bench import report
 from lwsam_bench.metrics import Row
-from lwsam_bench.racers import budget, OPTAX_SAM, PAPER
 from lwsam_bench.workloads import TITLES
-
-
-EXACT_SETS = 24  # the default of `lwsam.TrainStep`
 
 
 def table(rows: Sequence[Row], chart: str | None = None) -> str:
@@ -34,7 +28,6 @@ def table(rows: Sequence[Row], chart: str | None = None) -> str:
         f"{first['unit']}/s",
         "memory",
         "executables",
-        "compiled",
         "compiling, s",
         "waited",
         "host, µs",
@@ -48,7 +41,6 @@ def table(rows: Sequence[Row], chart: str | None = None) -> str:
             f"{row['time_quartiles'][0]:.2f} to {row['time_quartiles'][1]:.2f}",
             f"{row['items_per_second']:,.0f}",
             f"{row['memory']:.2f}",
-            str(row["executables"]),
             str(len(row["programs"])),
             f"{row['compile_seconds']:.0f}",
             f"{row['waits']:.1%}",
@@ -81,10 +73,10 @@ def _notes(rows: Sequence[Row]) -> str:
         " count for the executables that ran; time the median over blocks of 10 steps"
         " without warm-up and steps that compiled;"
         f" {first['unit']}/s are SGD's over the time; memory the most of any executable"
-        " (arguments, results and temporaries). Executables: the most held at one time;"
-        " compiled: all that ran. Waited: share of the second half's"
-        " steps that waited for a compiler. Host: median time of a step's call beyond"
-        " that of its executable: reading the mask, choosing the executable."
+        " (arguments, results and temporaries). Executables: all that ran. Waited: share"
+        " of the second half's steps that waited for a compiler. Host: median time of a"
+        " step's call beyond that of its executable: reading the mask, choosing the"
+        " executable."
         f" JAX {origin['packages']['jax']}, {origin['device']}{cores}."
     )
 
@@ -124,70 +116,3 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     axis.set(xlabel="over SGD", title=TITLES[rows[0]["model"]])
     axis.legend(loc="lower right", frameon=False)
     report._save(figure, [axis], path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A measured number and its limit."""
-
-    title: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether the limit is kept; a number that is missing breaks it."""
-        if self.at_least:
-            return self.value >= self.limit
-        return self.value <= self.limit
-
-    def cells(self) -> list[str]:
-        """Return its line of a table."""
-        sign = "≥" if self.at_least else "≤"
-        verdict = "kept" if self.holds else "**missed**"
-        return [self.title, f"{self.value:.4g}", f"{sign} {self.limit:g}", verdict]
-
-
-def figures_table(figures: Sequence[Figure]) -> str:
-    """Return the Markdown of numbers beside their limits."""
-    header = ["what", "measured", "limit", ""]
-    return report.markdown(header, [figure.cells() for figure in figures], "")
-
-
-def figures(rows: Sequence[Row]) -> list[Figure]:
-    """Return what `--check` compares with its limits."""
-    by_method = {row["method"]: row for row in rows}
-    small, paper = by_method[budget(0.10)], by_method[PAPER]
-    optax_sam = by_method[OPTAX_SAM]
-    most = max(small["flops_most"], small["flops_most_xla"])
-    off = abs(paper["flops_xla"] / paper["flops"] - 1)
-    second = paper["steps"] - paper["steps"] // 2
-    found = [
-        Figure(f"{budget(0.10)}: FLOPs of the dearest step", most, 1.10),
-        Figure(f"{budget(0.10)}: time", small["time"], 1.12),
-        Figure(
-            f"{OPTAX_SAM}: time over that of {budget(0.10)}",
-            optax_sam["time"] / small["time"],
-            1.5,
-            at_least=True,
-        ),
-        Figure(f"{PAPER}: XLA's mean FLOPs off the cost model's", off, 0.02),
-        Figure(f"{PAPER}: mean FLOPs", paper["flops_xla"], 1.65),
-        Figure(
-            f"{PAPER}: executables compiled",  # those given up again included
-            len(paper["programs"]),
-            paper["layers"] + 1 + EXACT_SETS,
-        ),
-        Figure(  # fewer than 2 %
-            f"{PAPER}: steps that waited, of the last {second}",
-            round(paper["waits"] * second),
-            math.ceil(0.02 * second) - 1,
-        ),
-        Figure(f"{budget(0.10)}: memory", small["memory"], 1.05),
-        Figure(f"{PAPER}: memory", paper["memory"], 1.15),
-    ]
-    return found + [
-        Figure(f"{row['method']}: host time of a step, µs", row["host_us"], 300)
-        for row in (small, paper)
-    ]

@@ -134,6 +134,7 @@ def _images(
             network,
             weight_decay=training.weight_decay_in_loss(config),
             label_smoothing=config.label_smoothing,
+            per_example=config.method == "esam",
         ),
         batches=batches,
         steps_per_epoch=batches.steps_per_epoch,
@@ -173,6 +174,7 @@ def _text(config: TrainConfig, source: text.Text) -> Task:
             network,
             weight_decay=training.weight_decay_in_loss(config),
             label_smoothing=config.label_smoothing,
+            per_example=config.method == "esam",
         ),
         batches=text.TextBatches(
             train, batch_size=config.batch_size, length=length, seed=config.seed

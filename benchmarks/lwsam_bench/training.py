@@ -39,6 +39,12 @@ class Network:
     model_state: Any
     trainable: Any = nnx.Param
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a BatchNorm keeps running averages in the model state."""
+        found = nnx.filter_state(self.model_state, nnx.BatchStat)
+        return bool(jax.tree.leaves(found))
+
     @classmethod
     def of(cls, model: nnx.Module, trainable: Any = nnx.Param) -> "Network":
         """Take a module apart."""
@@ -56,7 +62,11 @@ class Network:
 
 
 def make_loss_fn(
-    network: Network, *, weight_decay: float = 0.0, label_smoothing: float = 0.0
+    network: Network,
+    *,
+    weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+    per_example: bool = False,
 ) -> LossFn:
     """Return `loss_fn(params, model_state, batch, key)`, what `TrainStep` takes.
 
@@ -64,20 +74,35 @@ def make_loss_fn(
     the weights (of convolutions and dense layers, not of biases and BatchNorm), so that
     its gradient is `weight_decay * w`. It returns
     `(loss, (new model state, {"accuracy": f32[]}))`.
+
+    Args:
+      network: The network.
+      weight_decay: Its weight.
+      label_smoothing: Share of the target that all labels have part in.
+      per_example: Whether the metrics have the cross-entropy of each example as well,
+        `"losses"`, f32[B].
     """
-    return _loss_fn(network, "image", "label", _smoothed(label_smoothing), weight_decay)
+    cross_entropy = _smoothed(label_smoothing)
+    return _loss_fn(network, "image", "label", cross_entropy, weight_decay, per_example)
 
 
 def next_character_loss(
-    network: Network, *, weight_decay: float = 0.0, label_smoothing: float = 0.0
+    network: Network,
+    *,
+    weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+    per_example: bool = False,
 ) -> LossFn:
-    """Return the loss of the next character, as `make_loss_fn` does that of a label."""
+    """Return the loss of the next character, as `make_loss_fn` does that of a label.
+
+    An example is an excerpt, its loss the mean over the characters.
+    """
     cross_entropy = (
         _smoothed(label_smoothing)
         if label_smoothing
         else optax.softmax_cross_entropy_with_integer_labels
     )
-    return _loss_fn(network, "text", "next", cross_entropy, weight_decay)
+    return _loss_fn(network, "text", "next", cross_entropy, weight_decay, per_example)
 
 
 def _smoothed(label_smoothing: float) -> Callable[[Array, Array], Array]:
@@ -96,6 +121,7 @@ def _loss_fn(
     wanted: str,
     cross_entropy: Callable[[Array, Array], Array],
     weight_decay: float,
+    per_example: bool,
 ) -> LossFn:
     def loss_fn(
         params: Any, model_state: Any, batch: Mapping[str, Array], key: Array
@@ -104,12 +130,16 @@ def _loss_fn(
         logits, model_state = network.apply(
             params, model_state, batch[given], train=True
         )
-        loss = jnp.mean(cross_entropy(logits, batch[wanted]))
+        losses = cross_entropy(logits, batch[wanted])
+        loss = jnp.mean(losses)
         if weight_decay:
             weights = [w for w in jax.tree.leaves(params) if w.ndim >= 2]
             loss += 0.5 * weight_decay * sum(jnp.vdot(w, w) for w in weights)
         hits = jnp.argmax(logits, -1) == batch[wanted]
-        return loss, (model_state, {"accuracy": jnp.mean(hits, dtype=jnp.float32)})
+        metrics = {"accuracy": jnp.mean(hits, dtype=jnp.float32)}
+        if per_example:
+            metrics["losses"] = jnp.mean(losses, axis=tuple(range(1, losses.ndim)))
+        return loss, (model_state, metrics)
 
     return loss_fn
 
@@ -159,7 +189,8 @@ def make_step(
     """Return the train step of a run and its learning rate."""
     schedule = make_schedule(config.lr, total_steps, config.decay_at)
     optimizer = make_optimizer(config, schedule)
-    return lwsam.TrainStep(loss_fn, optimizer, methods.configure(config)), schedule
+    method = methods.configure(config, total_steps)
+    return lwsam.TrainStep(loss_fn, optimizer, method), schedule
 
 
 class Evaluator:

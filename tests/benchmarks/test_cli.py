@@ -25,6 +25,29 @@ def train(*arguments):
         (["train", "--method", "looksam", "--alpha", "1"], "--alpha has no meaning"),
         (["train", "--method", "lwsam", "--reuse", "1"], "--reuse has no meaning"),
         (
+            ["train", "--method", "esam", "--ascent", "random"],
+            "--ascent has no meaning",
+        ),
+        (["train", "--method", "asam", "--shape", "raw"], "--shape has no meaning"),
+        (
+            ["train", "--method", "gsam", "--ascent", "momentum"],
+            "--ascent momentum has no meaning for --method gsam",
+        ),
+        (
+            ["train", "--ascent", "momentum", "--alpha", "0.8"],
+            "--alpha has no meaning for --ascent momentum",
+        ),
+        (
+            ["train", "--fraction", "0.2"],
+            "--fraction has no meaning for --ascent whole",
+        ),
+        (["train", "--shape", "relative"], "another unit than that of --method lwsam"),
+        (["train", "--ascent", "random"], "say --rho"),
+        (
+            ["train", "--ascent", "micro_batch", "--batch-size", "8", "--steps", "1"],
+            "0 of 8 examples",
+        ),
+        (
             ["train", "--optimizer", "adamw", "--momentum", "0"],
             "--momentum has no mean",
         ),
@@ -78,6 +101,11 @@ def test_missing_data(tmp_path, capsys):
         "--optimizer=lion",
         "--train-images=0",
         "--normalize=some",
+        "--ascent=up",
+        "--fraction=0",
+        "--fraction=1.5",
+        "--shape=round",
+        "--last=0",
     ],
 )
 def test_bad_values_name_the_option(capsys, option):
@@ -186,7 +214,7 @@ def test_defaults_are_the_recipe_of_the_paper():
 
 
 def test_defaults_follow_data_method_and_optimizer():
-    flowers = defaults("--dataset", "oxford_flowers102", "--method", "gsam")
+    flowers = defaults("--dataset", "oxford_flowers102", "--method", "generalized_sam")
     assert (flowers.model, flowers.batch_size, flowers.epochs) == ("wrn16-2", 40, 100)
     assert (flowers.rho, flowers.alpha, flowers.normalize) == (0.1, 0.8, "none")
     look = defaults("--dataset", "cifar100", "--method", "looksam")

@@ -72,6 +72,24 @@ def test_ratio_agrees_with_xla(name, which):
     assert 1.03 < expected < 1.5
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_ratio_of_an_ascent_on_half_the_batch_agrees_with_xla(name):
+    loss, args, cost, plain = case(name)
+    names = by_depth(cost.layers)
+    selection = (names[len(names) // 2], names[-1])
+    ascent = lwsam.micro_batch(0.5)
+    method = lwsam.Method(lwsam.everything(), rho=0.1, ascent=ascent)
+    fn = lwsam.value_and_grad(loss, selection, method=method, has_aux=True)
+
+    def step(params, model_state, batch, key):
+        part = jax.tree.map(lambda x: x[:1], batch)
+        return fn(params, model_state, batch, key, ascent_args=(model_state, part, key))
+
+    expected = flops(jax.jit(step).lower(*args).compile()) / plain
+    assert cost.ratio(selection, ascent) == pytest.approx(expected, rel=0.02)
+    assert 1.2 < expected < 1.4
+
+
 @pytest.mark.parametrize("name", ["GPT", "ViT"])
 def test_all_layers_agree_with_xla(name):
     loss, args, cost, plain = case(name)

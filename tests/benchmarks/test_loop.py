@@ -7,15 +7,18 @@ import shutil
 import struct
 
 import filelock
+import jax
+import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from lwsam_bench import loop, run_folder, tasks
+import lwsam_jax as lwsam
+from lwsam_bench import checkpoint, loop, run_folder, tasks
 from lwsam_bench._errors import UserError
 from lwsam_bench.cli import _parser
 from lwsam_bench.cli_train import train_config
-from lwsam_bench.config import RunOptions
+from lwsam_bench.config import METHODS, RunOptions
 from lwsam_bench.metrics import read_rows
 from lwsam_bench.models import smallcnn
 from lwsam_bench.tensorboard import Board
@@ -142,6 +145,78 @@ def test_the_state_at_the_end(finished):
     result = task.evaluate(state.params, state.model_state)
     assert result["accuracy"] == rows(finished)[-1]["accuracy"]
     assert result["loss"] == rows(finished)[-1]["loss"]
+
+
+EVERYTHING = (
+    ("sam",),
+    ("lwsam", "--k", 2, "--ascent", "micro_batch", "--fraction", 0.25),
+    ("generalized_sam", "--last", 0.5),
+    ("looksam",),
+    ("asam",),
+    ("sam_on", "--ascent", "previous", "--rho", 0.1),
+    ("gsam", "--ascent", "micro_batch", "--fraction", 0.25),
+    ("friendly_sam",),
+    ("esam",),
+    ("perturbed", "--ascent", "random", "--rho", 0.2),
+    ("momentum_sam", "--k", 3),
+)
+
+
+def test_the_list_has_all_methods():
+    assert {options[0] for options in EVERYTHING} == {*METHODS} - {"sgd"}
+
+
+@pytest.mark.parametrize("options", EVERYTHING, ids=lambda options: options[0])
+def test_all_methods_train_and_go_on(tmp_path, options):
+    """What a method keeps from step to step is part of the checkpoints."""
+    wanted = config(*BRIEF, "--method", *options)
+    assert train(tmp_path, wanted)[0] == 0
+    whole = timeless(tmp_path)
+    assert whole[-1]["diverged"] is False
+    shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert train(tmp_path, wanted)[0] == 0
+    assert timeless(tmp_path) == whole
+
+
+def test_an_ascent_that_takes_no_gradient_costs_none(tmp_path):
+    assert train(tmp_path, config(*BRIEF, "--method", "momentum_sam"))[0] == 0
+    *steps, _, end = rows(tmp_path)
+    assert end["overhead"] == 0.0
+    assert [row["rho"] for row in steps if row["kind"] == "train"] == [3.0] * 3
+
+
+def test_statistics_are_those_of_the_weights_that_are_evaluated(tmp_path):
+    """A BatchNorm gathers them at the perturbed weights; so they are gathered again."""
+    wanted = config(*BRIEF, "--method", "perturbed", "--rho", 1)
+    assert train(tmp_path, wanted)[0] == 0
+    end = rows(tmp_path)[-1]
+    task = tasks.make(wanted, None)
+    state = loop.final_state(tmp_path, wanted, task)
+    batches = map(task.batches, range(loop.REFRESH))
+    expected = lwsam.refresh(
+        task.loss_fn, state.params, task.network.model_state, batches
+    )
+    for found, other in zip(
+        jax.tree.leaves(state.model_state), jax.tree.leaves(expected), strict=True
+    ):
+        # What is left of those before is little.
+        np.testing.assert_allclose(found, other, rtol=0.1, atol=0.1)
+    assert task.evaluate(state.params, state.model_state)["loss"] == end["loss"]
+    assert end["loss"] == pytest.approx(
+        task.evaluate(state.params, expected)["loss"], rel=0.1
+    )
+
+
+def test_a_checkpoint_of_an_earlier_version(finished, tmp_path, monkeypatch):
+    out = copied(finished, tmp_path)
+    (out / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(checkpoint, "_LAYOUT", checkpoint._LAYOUT + 1)
+    with pytest.raises(UserError, match="holds a run of an earlier version"):
+        train(out, config(*BRIEF))
+    with pytest.raises(UserError, match="holds a run of an earlier version"):
+        loop.final_state(out, config(*BRIEF), tasks.make(config(*BRIEF), None))
 
 
 def test_the_state_of_no_run(finished, tmp_path):

@@ -1,10 +1,13 @@
-"""Each method of the paper is the point on the four axes that its authors describe."""
+"""Each method is the point on the axes that its authors describe; so are the options."""
 
+import contextlib
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lwsam_jax as lwsam
@@ -12,10 +15,13 @@ from lwsam_bench import methods
 from lwsam_bench._errors import UserError
 from lwsam_bench.cli import _parser
 from lwsam_bench.cli_train import train_config
+from lwsam_bench.config import ASCENTS, METHODS, NORMALIZE, SHAPES, STALE
 from lwsam_bench.training import make_optimizer, make_schedule, weight_decay_in_loss
 
 
 NORMS = jnp.array([3.0, 1.0, 2.0, 5.0])
+PARAMS = {name: jnp.ones((2, 2)) for name in "wxyz"}
+LAYERS = lwsam.Layers.of(PARAMS)
 
 
 def config(*arguments):
@@ -23,15 +29,22 @@ def config(*arguments):
 
 
 def configure(*arguments):
-    return methods.configure(config("--method", *arguments))
+    return methods.configure(config("--method", *arguments), total_steps=10)
 
 
 def chosen(method, step=0):
     """The layers of `NORMS` that a method perturbs."""
-    params = {name: jnp.ones((2, 2)) for name in "wxyz"}
-    layers = lwsam.Layers.of(params)
-    mask = method.choose(NORMS, jnp.int32(step), layers)
-    return "".join(layers.selected(np.asarray(mask)))
+    mask = method.choose(NORMS, jnp.int32(step), LAYERS)
+    return "".join(LAYERS.selected(np.asarray(mask)))
+
+
+def length(method):
+    """How far a method moves along a direction of norm 16, from weights of norm 4."""
+    direction = jax.tree.map(lambda w: 4.0 * w, PARAMS)
+    state = method.shape.init(PARAMS)
+    mask = jnp.ones(len(LAYERS), bool)
+    moved, _ = method.shape.update(direction, state, PARAMS, layers=LAYERS, mask=mask)
+    return float(optax.tree.norm(moved))
 
 
 def test_sgd_perturbs_nothing():
@@ -39,32 +52,126 @@ def test_sgd_perturbs_nothing():
 
 
 @pytest.mark.parametrize(
-    ("name", "alpha", "normalize", "rho"),
+    ("name", "rho", "alpha", "expected"),
     [
-        ("sam", 1.0, "selected", 0.05),
-        ("gsam", 0.8, "none", 0.1),
-        ("looksam", 1.0, "selected", 0.05),
+        ("sam", 0.05, None, 1.0),
+        ("generalized_sam", 0.1, 0.8, 16.0),
+        ("looksam", 0.05, None, 1.0),
+        ("asam", 0.5, None, None),
+        ("gsam", 0.1, 0.4, 1.0),
+        ("friendly_sam", 0.1, None, 1.0),
+        ("perturbed", 0.1, None, 4.0),
+        ("momentum_sam", 3.0, None, 1.0),
     ],
 )
-def test_methods_that_perturb_everything(name, alpha, normalize, rho):
+def test_methods_that_perturb_everything(name, rho, alpha, expected):
     method = configure(name)
-    assert (method.alpha, method.normalize, method.rho) == (alpha, normalize, rho)
-    assert method.rule is lwsam.leaves
+    assert (method.rho, method.combine.alpha) == (rho, alpha)
+    assert method.rule is (lwsam.weights if name == "perturbed" else lwsam.leaves)
     assert chosen(method) == "wxyz"
+    if expected:
+        assert length(method) == pytest.approx(expected)
 
 
 def test_generalised_sam_has_both_forms_of_the_perturbation():
-    assert configure("gsam", "--normalize", "selected").normalize == "selected"  # Eq. 2
-    assert configure("gsam").normalize == "none"  # Eq. 3
+    assert length(configure("generalized_sam", "--normalize", "selected")) == 1  # Eq. 2
+    assert length(configure("generalized_sam")) == 16  # Eq. 3
 
 
 def test_looksam_ascends_now_and_then_and_keeps_a_direction():
     method = configure("looksam", "--every", 2, "--reuse", 0.5)
-    assert method.reuse == 0.5
     assert [chosen(method, step) for step in range(4)] == ["wxyz", "", "wxyz", ""]
+    one, other = jnp.array([2.0, 0.0]), jnp.array([0.0, 3.0])
+    (between,) = method.combine.between((one,), (other,))
+    np.testing.assert_allclose(between, [2.0, 0.5 * 2.0])
     always = configure("looksam", "--every", 1)
     assert [chosen(always, step) for step in range(2)] == ["wxyz", "wxyz"]
-    assert configure("sam").reuse is None
+    assert configure("sam").combine.between is None
+
+
+def test_normalization_layers_alone():
+    method = configure("sam_on")
+    params = {"conv": jnp.ones((2, 2)), "bn1": {"scale": jnp.ones(2)}}
+    layers = lwsam.Layers.of(params, method.rule)
+    mask = method.choose(jnp.ones(2), jnp.int32(0), layers)
+    assert layers.selected(np.asarray(mask)) == ("bn1/scale",)
+
+
+def test_esam_drops_tensors_and_images():
+    method = configure("esam")
+    assert method.descent.fraction == 0.5
+    assert len({chosen(method, step) for step in range(8)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("raw", 16.0),
+        ("normalized", 1.0),
+        ("normalized_all", 1.0),
+        ("relative", 4.0),
+        ("relative_filter", 4.0),
+    ],
+)
+@pytest.mark.parametrize("name", ["sam", "lwsam", "momentum_sam"])
+def test_shapes(name, shape, expected):
+    method = configure(name, "--shape", shape, "--rho", 0.3)
+    assert length(method) == pytest.approx(expected)
+
+
+def test_one_shape_has_one_name():
+    """Runs that are equal have equal configurations."""
+    for name, shape in NORMALIZE.items():
+        one = config("--rho", 0.1, "--normalize", name)
+        assert config("--rho", 0.1, "--shape", shape) == one
+    assert config("--rho", 0.1, "--shape", "relative").normalize == "none"
+
+
+def test_ascents():
+    for name, ascent in (
+        ("whole_batch", lwsam.whole_batch()),
+        ("previous", lwsam.previous()),
+        ("momentum", lwsam.momentum()),
+        ("random", lwsam.random()),
+    ):
+        assert configure("sam", "--ascent", name, "--rho", 0.1).ascent == ascent
+    tenth = config("--ascent", "micro_batch")
+    assert (tenth.fraction, config().fraction) == (0.1, None)
+    quarter = configure("sam", "--ascent", "micro_batch", "--fraction", 0.25)
+    assert quarter.ascent.fraction(8) == 0.25
+    assert configure("perturbed").ascent == lwsam.momentum()
+    assert configure("momentum_sam", "--k", 1).ascent == lwsam.momentum()
+
+
+def test_layers_of_methods_that_take_no_ascent():
+    assert chosen(configure("perturbed", "--k", 2)) == "wz"
+    assert chosen(configure("momentum_sam", "--k", 1)) == "z"
+    # There is no gradient that alpha could mix in.
+    method = configure("lwsam", "--ascent", "random", "--rho", 0.1)
+    assert method.combine is lwsam.descend()
+
+
+def test_the_tail_of_a_run():
+    method = configure("sam", "--last", 0.2)
+    assert [chosen(method, step) != "" for step in range(10)] == 8 * [False] + 2 * [
+        True
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_are_refused_or_right(name):
+    """A combination that the library cannot do is never left to it."""
+    given = [*("--method", name), *(() if name == "sgd" else ("--rho", 0.1))]
+    done = 0
+    for ascent, shape in itertools.product((None, *ASCENTS), (None, *SHAPES)):
+        options = [*given, *(("--ascent", ascent) if ascent else ())]
+        options += ("--shape", shape) if shape else ()
+        with contextlib.suppress(UserError):
+            wanted = config(*options)
+            made = methods.configure(wanted, 10)
+            assert made.is_stale == (wanted.ascent in STALE)
+            done += 1
+    assert done >= 1
 
 
 @pytest.mark.parametrize(("criterion", "layers"), [("high", "wz"), ("low", "xy")])
@@ -87,7 +194,7 @@ def test_periods_and_budgets():
     method = configure("lwsam", "--k", 1, "--every", 3, "--max-overhead", 0.1)
     assert [chosen(method, step) for step in range(4)] == ["z", "", "", "z"]
     assert method.max_overhead == 0.1
-    assert configure("lwsam").when is None
+    assert [chosen(configure("lwsam"), step) for step in range(2)] == ["wxyz"] * 2
     method = configure("lwsam", "--criterion", "all", "--mean-overhead", 0.5)
     assert method.mean_overhead == 0.5
     assert chosen(method) == "wxyz"
@@ -99,10 +206,12 @@ def make_any_optimizer(wanted):
     return make_optimizer(wanted, make_schedule(wanted.lr, 10))
 
 
-@pytest.mark.parametrize("field", ["method", "criterion", "optimizer"])
+@pytest.mark.parametrize("field", ["method", "criterion", "optimizer", "ascent"])
 def test_unknown_names(field):
     changed = dataclasses.replace(config(), **{field: "none"})
-    make = methods.configure if field != "optimizer" else make_any_optimizer
+    make = make_any_optimizer
+    if field != "optimizer":
+        make = lambda wanted: methods.configure(wanted, 10)
     with pytest.raises(ValueError, match="'none'"):
         make(changed)
 

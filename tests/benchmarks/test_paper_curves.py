@@ -83,7 +83,7 @@ def test_figure4(out):
 def test_figure5(out):
     made = curves.figure5(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure5-cifar10.png")
-    assert {row["method"] for row in rows} == {"gsam", "looksam", "lwsam"}
+    assert {row["method"] for row in rows} == {"generalized_sam", "looksam", "lwsam"}
     ours = next(row for row in rows if row["method"] == "lwsam")
     assert ours["steps"] == 6
     assert ours["perturbations"] == {

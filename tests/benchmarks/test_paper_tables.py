@@ -44,7 +44,7 @@ def test_table1(tmp_path):
         fake_runs.write(tmp_path, config, accuracy=accuracy, overhead=0.0)
         config = setups.config("cifar10", "lwsam", "small", seed)
         fake_runs.write(tmp_path, config, diverged=seed == 1, overhead=0.4321)
-    config = setups.config("cifar10", "gsam", "small", 0)
+    config = setups.config("cifar10", "generalized_sam", "small", 0)
     fake_runs.write(tmp_path, config, accuracy=0.7)
     made = tables.table1(Request("small", tmp_path, CONSOLE))
     assert len(made.tables) == 4
@@ -108,7 +108,7 @@ def test_table4(tmp_path):
         config = setups.config("cifar10", "lwsam", "small", 0, k=k)
         fake_runs.write(tmp_path, config, accuracy=k / 10)
     fake_runs.write(
-        tmp_path, setups.config("cifar10", "gsam", "small", 0), accuracy=0.9
+        tmp_path, setups.config("cifar10", "generalized_sam", "small", 0), accuracy=0.9
     )
     made = tables.table4(Request("small", tmp_path, CONSOLE, seeds=1))
     table = by_title(made)["CIFAR-10, resnet8w8"]

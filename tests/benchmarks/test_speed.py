@@ -1,7 +1,6 @@
 """`lwsam-bench speed`: what it measures, and what its check finds missing."""
 
 import dataclasses
-import inspect
 import io
 import json
 
@@ -13,24 +12,41 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-import lwsam_jax as lwsam
-from lwsam_bench import cli_cost, docs_page, speed, speed_report, text, workloads
+from lwsam_bench import (
+    cli_cost,
+    docs_page,
+    flops,
+    speed,
+    speed_limits,
+    text,
+    workloads,
+)
 from lwsam_bench._errors import UserError
 from lwsam_bench.models.gpt import GPT
-from lwsam_bench.racers import budget, everyone, OPTAX_SAM, PAPER, SGD
+from lwsam_bench.racers import (
+    budget,
+    everyone,
+    MOMENTUM_SAM,
+    NOISE,
+    OPTAX_SAM,
+    PAPER,
+    PERTURBED,
+    SAM_TENTH,
+    SGD,
+    TENTH,
+)
 from lwsam_bench.speed_race import Lane, race, timing
 
 
 SMALL = budget(0.10)
+METHODS = (SGD, OPTAX_SAM, SMALL, TENTH, NOISE)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A few steps of three methods on the digits; the folder of the results."""
+    """A few steps of some methods on the digits; the folder of the results."""
     out = tmp_path_factory.mktemp("speed")
-    config = dataclasses.replace(
-        speed.SMOKE, only={SGD: 4, OPTAX_SAM: 4, SMALL: 4}, burst=2
-    )
+    config = dataclasses.replace(speed.SMOKE, only=dict.fromkeys(METHODS, 4), burst=2)
     console = Console(file=io.StringIO(), width=200)
     assert speed.run(config, None, str(out), None, console) == 0
     return out
@@ -38,8 +54,8 @@ def measured(tmp_path_factory):
 
 def test_rows_hold_every_figure(measured):
     rows = [json.loads(x) for x in (measured / "speed.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == [SGD, OPTAX_SAM, SMALL]
-    sgd, sam, small = rows
+    assert tuple(row["method"] for row in rows) == METHODS
+    sgd, sam, small, tenth, noise = rows
     for name in ("flops", "flops_xla", "time", "memory"):
         assert sgd[name] == pytest.approx(1.0)
         assert small[name] > 0
@@ -48,12 +64,16 @@ def test_rows_hold_every_figure(measured):
     # The digits' last layers cost less than a tenth.
     assert 1.0 < small["flops"] <= small["flops_most"] <= 1.1
     assert small["flops_xla"] == pytest.approx(small["flops"], abs=0.03)
-    assert small["executables"] == len(small["programs"]) == 1
-    assert small["programs"][0]["steps"] == 4
+    assert small["executables"] == len(small["programs"])
+    assert sum(program["steps"] for program in small["programs"]) == 4
     assert small["layers"] == len(small["layer_names"]) == 10
     assert [bits.bit_count() > 0 for bits in small["selections"]] == [True] * 4
     assert 0 < small["host_us"] < 1e5
-    assert sgd["host_us"] is None
+    assert sgd["host_us"] is noise["host_us"] is None
+    # One of ten images, and no gradient at all.
+    assert 1.0 < tenth["flops"] <= tenth["flops_most"] <= 1.1
+    assert noise["flops"] == 1.0
+    assert 1.0 <= noise["flops_xla"] < 1.3  # to draw it counts in a network so small
     assert small["burst"] == 2
     assert small["origin"]["packages"]["jax"] == jax.__version__
     assert small["data"].startswith("digits")
@@ -61,8 +81,8 @@ def test_rows_hold_every_figure(measured):
 
 def test_table_and_chart_are_written(measured):
     table = (measured / "speed-table.md").read_text()
-    assert table.startswith("### small CNN, batch 8")
-    assert all(f"| {method} |" in table for method in (SGD, OPTAX_SAM, SMALL))
+    assert table.startswith("### small CNN, batch 10")
+    assert all(f"| {method} |" in table for method in METHODS)
     assert (measured / "speed-smallcnn.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -96,9 +116,18 @@ def test_tables_come_from_the_rows_alone(measured, tmp_path):
 def test_methods_are_those_of_the_table():
     labels = [racer.label for racer in everyone()]
     assert labels[0] == SGD
-    assert len(labels) == len(set(labels)) == 9
+    assert len(labels) == len(set(labels)) == 14
     assert {OPTAX_SAM, PAPER, *map(budget, (0.05, 0.10, 0.25))} < set(labels)
-    assert set(speed.CHECK.only) <= set(labels)
+    assert {TENTH, SAM_TENTH, MOMENTUM_SAM, PERTURBED, NOISE} < set(labels)
+
+
+def test_the_check_runs_what_has_a_limit():
+    config = speed.check()
+    assert set(config.only) == set(speed_limits.METHODS)
+    assert set(config.only) <= {racer.label for racer in everyone()}
+    assert config.only[PAPER] == 400
+    assert {config.only[name] for name in speed_limits.TIMED} == {50}
+    assert speed.check(80).only == {**dict.fromkeys(speed_limits.TIMED, 10), PAPER: 80}
 
 
 def test_command_line_knows_the_models():
@@ -184,7 +213,7 @@ def test_time_is_unknown_where_all_steps_compiled(clock):
     assert np.isnan(timing(other, base).ratio)
 
 
-def rows_of_a_check(**changes):
+def rows_of_a_check(price=None, **changes):
     row = {
         "flops": 1.05,
         "flops_most": 1.09,
@@ -192,24 +221,38 @@ def rows_of_a_check(**changes):
         "flops_xla": 1.05,
         "time": 1.1,
         "memory": 1.02,
-        "programs": [{}] * 20,
-        "layers": 20,
+        "programs": [{}] * 9,
+        "compile_seconds": 90.0,
         "waits": 0.01,
         "steps": 400,
         "host_us": 200.0,
     }
     rows = {
+        SGD: row,
         OPTAX_SAM: {**row, "time": 1.8},
         SMALL: row,
-        PAPER: {**row, "flops": 1.5, "flops_xla": 1.51},
+        TENTH: row,
+        MOMENTUM_SAM: {**row, "time": 1.01},
+        PERTURBED: {**row, "time": 1.01},
+        NOISE: {**row, "time": 1.04},
+        PAPER: {**row, "flops": 1.79, "flops_xla": 1.8},
     }
     for method, change in changes.items():
         rows[method] = {**rows[method], **change}
-    return [{"method": method, **row} for method, row in rows.items()]
+    found = [{"kind": "speed", "method": x, **row} for x, row in rows.items()]
+    prices = {"last layer (dense)": 1.0, "dense + last conv": 1.0352}
+    prices |= {
+        "third stage + dense": 1.2837,
+        "all (SAM's cost)": 1.9992,
+        **(price or {}),
+    }
+    return found + [
+        {"kind": "price", "case": case, "flops_xla": x} for case, x in prices.items()
+    ]
 
 
 def test_check_passes_where_all_limits_are_kept():
-    assert all(figure.holds for figure in speed_report.figures(rows_of_a_check()))
+    assert all(figure.holds for figure in speed_limits.figures(rows_of_a_check()))
 
 
 @pytest.mark.parametrize(
@@ -221,23 +264,57 @@ def test_check_passes_where_all_limits_are_kept():
         (SMALL, {"time": float("nan")}),
         (OPTAX_SAM, {"time": 1.6}),
         (PAPER, {"flops_xla": 1.55}),
-        (PAPER, {"flops": 1.7, "flops_xla": 1.7}),
-        (PAPER, {"programs": [{}] * (20 + 1 + speed_report.EXACT_SETS + 1)}),
+        (PAPER, {"flops": 1.83, "flops_xla": 1.83}),
+        (PAPER, {"programs": [{}] * 13}),
+        (PAPER, {"compile_seconds": 126.0}),
         (PAPER, {"waits": 0.02}),
         (SMALL, {"memory": 1.06}),
         (PAPER, {"memory": 1.16}),
         (PAPER, {"host_us": 301.0}),
+        (TENTH, {"time": 1.11}),
+        (TENTH, {"time": None}),  # as a file has it
+        (TENTH, {"flops_most": 1.12}),
+        (TENTH, {"flops_xla": 1.08}),
+        (TENTH, {"memory": 1.04}),
+        (MOMENTUM_SAM, {"time": 1.03}),
+        (PERTURBED, {"time": 1.03}),
+        (NOISE, {"time": 1.06}),
+        ("price", {"dense + last conv": 1.0361}),
     ],
 )
 def test_check_finds_a_broken_limit(method, change):
-    figures = speed_report.figures(rows_of_a_check(**{method: change}))
+    figures = speed_limits.figures(rows_of_a_check(**{method: change}))
     assert not all(figure.holds for figure in figures)
-    assert "missed" in speed_report.figures_table(figures)
+    assert "missed" in speed_limits.table(figures)
 
 
-def test_the_cap_of_the_check_is_the_default_of_the_library():
-    default = inspect.signature(lwsam.TrainStep).parameters["exact_sets"].default
-    assert speed_report.EXACT_SETS == default
+def test_a_check_is_rows_and_a_verdict(measured, tmp_path, monkeypatch):
+    """All but the measuring itself: the rows are those of another race."""
+    row = json.loads((measured / "speed.jsonl").read_text().splitlines()[2])
+    fine = {"time": 1.0, "host_us": 100.0, "memory": 1.0, "flops_xla": row["flops"]}
+    rows = [{**row, **fine, "method": name} for name in speed_limits.METHODS]
+    rows[1]["time"] = 1.8
+    monkeypatch.setattr(speed, "measure", lambda *args: rows)
+    result = lambda case: flops.Result(case, 1, 1.0)
+    monkeypatch.setattr(flops, "measure", lambda batch_size, cases: map(result, cases))
+    config = dataclasses.replace(speed.check(8), models=("smallcnn",), batch_size=10)
+    console = Console(file=io.StringIO(), width=200)
+    run = lambda **more: speed.run(config, None, str(tmp_path), None, console, **more)
+    assert run() == 0
+    text = (tmp_path / "speed-check-table.md").read_text()
+    assert "| last layer (dense): FLOPs | 1 | ≤ 1.0005 | kept |" in text
+    assert f"| {NOISE}: time | 1 | ≤ 1.05 | kept |" in text
+    assert run(render_only=True) == 0
+    assert (tmp_path / "speed-check-table.md").read_text() == text
+    rows[1]["time"] = 1.4
+    assert run() == 1
+    assert "**missed**" in (tmp_path / "speed-check-table.md").read_text()
+
+
+def test_rows_of_an_earlier_check_are_no_check():
+    rows = [row for row in rows_of_a_check() if row.get("method") != TENTH]
+    with pytest.raises(UserError, match=f"missing: {TENTH}"):
+        speed_limits.figures(rows)
 
 
 def test_text_batches_follow_from_seed_and_step():

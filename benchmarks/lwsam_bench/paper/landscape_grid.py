@@ -22,11 +22,9 @@ from lwsam_bench.augment import normalize
 from lwsam_bench.tasks import Task
 from lwsam_bench.training import Network
 
-# Past the library's surface: what lies before the layer is the same on the whole plane.
-from lwsam_jax import _split
-
 
 CHUNK = 256  # images at a time
+_POINTS = 4  # of the plane at a time; more of them take more memory
 
 _IMAGE_SEED = 0  # fixed: the same images for all networks
 
@@ -118,7 +116,8 @@ class Images:
 class Plane:
     """The mean loss as a function of one layer, of any parameters of a network.
 
-    What does not depend on the layer is computed once for a row of the grid.
+    Points are evaluated side by side, and what does not depend on the layer is computed
+    once for all of them: `vmap` has no axis for it.
 
     Args:
       network: The network.
@@ -130,23 +129,25 @@ class Plane:
         self._layer, self._images = layer, images
         self._directions = directions(layer)
 
-        def loss(tree: Any) -> Array:
-            params, (model_state, pixels, labels, weights) = tree
-            logits, _ = network.apply(
-                params,
-                model_state,
-                normalize(pixels, images.mean, images.std),
-                train=False,
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.vdot(losses, weights)
+        @jax.jit
+        def losses(points: Array, params: Any, model_state: Any, chunk: Any) -> Array:
+            pixels, labels, weights = chunk
+            leaves, treedef = jax.tree.flatten(params)
 
-        # The parameters come first, so a leaf of theirs has the same place in the whole.
-        tree = (network.params, (network.model_state, *images.chunks[0]))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-        parts = _split.split(_split.trace_loss(loss, shapes), [layer.leaf])
-        self._prefix = jax.jit(parts.prefix)
-        self._suffix = jax.jit(lambda *args: parts.suffix(*args)[0])
+            def loss(point: Array) -> Array:
+                moved = [*leaves[: layer.leaf], point, *leaves[layer.leaf + 1 :]]
+                logits, _ = network.apply(
+                    jax.tree.unflatten(treedef, moved),
+                    model_state,
+                    normalize(pixels, images.mean, images.std),
+                    train=False,
+                )
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                return jnp.vdot(losses, weights)
+
+            return jax.vmap(loss)(points)
+
+        self._losses = losses
 
     def row(
         self, params: Any, model_state: Any, alpha: float, betas: Sequence[float]
@@ -161,20 +162,18 @@ class Plane:
         """
         first, second = self._directions
         middle = np.asarray(jax.tree.leaves(params)[self._layer.leaf], np.float64)
-        points = [
-            jnp.asarray(middle + alpha * first + beta * second, jnp.float32)
-            for beta in betas
-        ]
-        totals = np.zeros(len(betas))
+        count = len(betas)
+        # Filled up with the last one, so that one executable does for all.
+        padded = [*betas, *[betas[-1]] * (-count % _POINTS)]
+        points = np.stack(
+            [middle + alpha * first + beta * second for beta in padded]
+        ).astype(np.float32)
+        groups = points.reshape(-1, _POINTS, *middle.shape)
+        totals = np.zeros(len(padded))
         for chunk in self._images.chunks:
-            leaves = jax.tree.leaves((params, (model_state, *chunk)))
-            del leaves[self._layer.leaf]
-            residuals, constants = self._prefix(leaves)
-            # One point after the other: weights that differ would make of a convolution
-            # one of many groups, which is slow on a CPU, and a chunk keeps a GPU busy.
-            sums = [self._suffix([point], residuals, constants) for point in points]
-            totals += np.asarray(jax.device_get(sums), np.float64)
-        return (totals / self._images.count).tolist()
+            sums = [self._losses(group, params, model_state, chunk) for group in groups]
+            totals += np.concatenate(jax.device_get(sums)).astype(np.float64)
+        return (totals[:count] / self._images.count).tolist()
 
 
 def norm(layer: Layer, params: Any) -> float:

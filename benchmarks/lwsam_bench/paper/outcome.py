@@ -7,7 +7,7 @@ import pathlib
 import traceback
 from typing import Any
 
-from lwsam_bench import run_folder
+from lwsam_bench import earlier, run_folder
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import read_rows, Row, write_json
@@ -64,12 +64,14 @@ def run_id(config: TrainConfig) -> str:
     values = dataclasses.asdict(config)
     # The path of a file; what it holds does not change with where it lies.
     values.pop("weights", None)
+    method = earlier.NAMES_OF_FOLDERS.get(config.method, config.method)
+    values["method"] = method
     for field in dataclasses.fields(TrainConfig):
         if field.name in values and values[field.name] == field.default:
             del values[field.name]
     text = json.dumps(values, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    parts = [pathlib.PurePath(config.dataset).stem, config.model, config.method]
+    parts = [pathlib.PurePath(config.dataset).stem, config.model, method]
     if config.method == "lwsam":
         parts += [] if config.criterion == "all" else [f"k{config.k}"]
         if config.criterion != "high":

@@ -25,7 +25,7 @@ TITLES: Mapping[str, str] = {
 }
 METHODS: Mapping[str, str] = {
     "sgd": "SGD",
-    "gsam": "generalised SAM",
+    "generalized_sam": "generalised SAM",
     "looksam": "LookSAM",
     "lwsam": "layer-wise SAM",
 }
@@ -264,7 +264,7 @@ def config(
         changes = {**_RULES[method], **changes}
         method = "lwsam"
     s, defaults = setup(benchmark, scale), METHOD_DEFAULTS[method]
-    ours = method in ("gsam", "lwsam")  # what the paper tuned
+    ours = method in ("generalized_sam", "lwsam")  # what the paper tuned
     made = TrainConfig(
         dataset=s.dataset,
         model=s.model,

@@ -39,7 +39,7 @@ _ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}
 _LM: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "sgd": ("SGD", "sgd", {}),
     "adamw": ("AdamW", "sgd", _ADAMW),
-    "gsam": ("AdamW, generalised SAM", "gsam", _ADAMW),
+    "generalized_sam": ("AdamW, generalised SAM", "generalized_sam", _ADAMW),
     "looksam": ("AdamW, LookSAM", "looksam", _ADAMW),
     "lwsam": ("AdamW, layer-wise SAM", "lwsam", _ADAMW),
 }
@@ -118,8 +118,8 @@ def table4(request: Request) -> Artefact:
     scale = request.scale
 
     def make(benchmark: str, k: Any, seed: int) -> TrainConfig:
-        if throughput.lane_of(setups.setup(benchmark, scale), k) == "gsam":
-            return setups.config(benchmark, "gsam", scale, seed)
+        if throughput.lane_of(setups.setup(benchmark, scale), k) == "generalized_sam":
+            return setups.config(benchmark, "generalized_sam", scale, seed)
         return setups.config(benchmark, "lwsam", scale, seed, k=k)
 
     found = runs.train(
@@ -146,7 +146,9 @@ def table4(request: Request) -> Artefact:
                     f"{speed:.1f}",
                 )
             )
-        beyond = [f"{k}" for k, x in lanes.items() if k != "all" and x == "gsam"]
+        beyond = [
+            f"{k}" for k, x in lanes.items() if k != "all" and x == "generalized_sam"
+        ]
         many = (
             f"{setup.model} has {setup.layers} layers: k = {', '.join(beyond)} is all."
         )

@@ -1,7 +1,7 @@
 """Theorem 1: Algorithm 1 on a problem whose beta and sigma^2 are known.
 
 Algorithm 1 runs as the library does it (`lwsam.value_and_grad`, and the selection of
-`lwsam.LayerwiseSAM`), not normalised and with alpha = 1, as in the proof, for every
+`lwsam.top_k`), not normalised and with alpha = 1, as in the proof, for every
 k = 0 .. L. Batches are drawn with replacement. The full gradient at every iterate is then
 measured in float64, by NumPy, and its mean square is compared with the right-hand side of
 Eq. 7, with L(w_0) - E[L(w_T)] as measured.
@@ -199,9 +199,9 @@ class Simulation:
         ]
 
     def _start(self, k: int, seeds: int) -> tuple[Any, Any]:
-        """Return parameters and state of the selection before step 0, for each seed."""
-        params = self._problem.params
-        one = (params, _method(k).init(params, self._layers))
+        """Return parameters and the first selection, bool[L], for each seed."""
+        no_norms = jnp.zeros(len(self._layers))
+        one = (self._problem.params, self._choose(k, no_norms, jnp.int32(0)))
         return jax.tree.map(lambda x: jnp.stack([x] * seeds), one)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -218,17 +218,13 @@ class Simulation:
         )
 
         def one(state: Any, key: Array, step: Array) -> Any:
-            params, chosen = state
+            params, mask = state
             rows = jax.random.randint(
                 jax.random.fold_in(key, step), (BATCH_SIZE,), 0, len(self._labels)
             )
-            out = penalized(
-                params, self._features[rows], self._labels[rows], mask=chosen.mask
-            )
+            out = penalized(params, self._features[rows], self._labels[rows], mask=mask)
             params = jax.tree.map(lambda w, g: w - size * g, params, out.grads)
-            return params, _method(k).advance(
-                chosen, out.norms, out.value, self._layers
-            )
+            return params, self._choose(k, out.norms, step + 1)
 
         def body(state: Any, step: Array) -> tuple[Any, Array]:
             new = jax.vmap(one, in_axes=(0, 0, None))(state, keys, step)
@@ -236,11 +232,10 @@ class Simulation:
 
         return jax.lax.scan(body, state, steps)
 
-
-def _method(k: Any) -> lwsam.LayerwiseSAM:
-    """Return the method that keeps the norms and chooses by them; k may be traced."""
-    # Radius and weight are those of the gradient.
-    return lwsam.LayerwiseSAM(k=k, rho=1.0, alpha=1.0, rule=lwsam.leaves)
+    def _choose(self, k: Any, norms: Array, step: Array) -> Array:
+        """Return the k layers of the largest norms, bool[L]; k may be traced."""
+        method = lwsam.Method(lwsam.top_k(k), rho=1.0)  # the radius has no part in it
+        return method.choose(norms, step, self._layers)
 
 
 def _flat(params: Mapping[str, Array]) -> Array:

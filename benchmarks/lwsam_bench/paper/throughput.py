@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import jax
 from rich.console import Console
 
-from lwsam_bench import methods, tasks
+from lwsam_bench import earlier, methods, tasks
 from lwsam_bench._errors import UserError
 from lwsam_bench.config import TrainConfig
 from lwsam_bench.metrics import MetricsFile, output_folder, read_rows, Row
@@ -89,7 +89,7 @@ def configs(benchmark: str, scale: str) -> dict[str, TrainConfig]:
 def lane_of(setup: setups.Setup, k: int | str) -> str:
     """Return what the race of a benchmark calls the layer-wise SAM of some k."""
     if isinstance(k, str) or k >= setup.layers:
-        return "gsam"
+        return "generalized_sam"
     return "lwsam" if k == setup.k else f"lwsam, k = {k}"
 
 
@@ -109,7 +109,7 @@ def _identity(benchmark: str, scale: str) -> Row:
 def finished(out: pathlib.Path, benchmark: str, scale: str) -> Row | None:
     """Return the row of a race that ended, if there is one in an output folder."""
     wanted = _identity(benchmark, scale)
-    for row in read_rows(out / _FILE):
+    for row in map(earlier.race, read_rows(out / _FILE)):
         same = all(row.get(name) == value for name, value in wanted.items())
         if same and "failed" not in row:
             return row
@@ -170,8 +170,9 @@ def measure(
       scale: How long to race.
       console: Where to report.
     """
+    steps = STEPS[scale]
     lanes = [
-        Lane(TrainStepRacer(name, methods.configure(config)), STEPS[scale])
+        Lane(TrainStepRacer(name, methods.configure(config, steps)), steps)
         for name, config in wanted.items()
     ]
     burst = 1 if jax.default_backend() == "cpu" else _BURST
@@ -184,9 +185,7 @@ def measure(
             lanes,
             workload.batches,
             burst,
-            lambda done: status.update(
-                f"{workload.title}: step {done} of {STEPS[scale]}"
-            ),
+            lambda done: status.update(f"{workload.title}: step {done} of {steps}"),
         )
     return {
         "title": workload.title,
