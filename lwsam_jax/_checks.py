@@ -88,6 +88,12 @@ def choice(who: str, argument: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def is_callable(who: str, argument: str, value: Any, remedy: str) -> None:
-    """Raises unless `value` can be called."""
+    """Raises unless `value` can be called, and is no part whose call was forgotten."""
+    module, name = (getattr(value, at, "") or "" for at in ("__module__", "__name__"))
+    if module.startswith("lwsam_jax._axes") and name.isidentifier() and name[0] != "_":
+        got = f"the function `{name}` itself"
+        raise TypeError(
+            message(who, argument, "what it returns", got, f"Call it: {name}(...).")
+        )
     if not callable(value):
         raise TypeError(message(who, argument, "callable", repr(value), remedy))

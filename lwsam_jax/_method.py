@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from . import _checks
 from ._axes import (
@@ -93,6 +94,7 @@ class Method:
         _checks.is_callable(_WHO, "select", self.select, remedy)
         _checks.rho(_WHO, self.rho)
         _shape.check(_WHO, self.shape)
+        object.__setattr__(self, "shape", optax.with_extra_args_support(self.shape))
         remedy = "Pass lwsam.every(2), or a function of the step count."
         _checks.is_callable(_WHO, "when", self.when, remedy)
         if self.rule is not None:
@@ -175,4 +177,9 @@ class Method:
         """
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         mask = which.choose(self.select, norms, key, layers, eligible)
-        return mask & self.when(step)
+        now = jnp.asarray(self.when(step))
+        if now.shape != ():
+            remedy = "Return one bool, such as step % 2 == 0."
+            expected, got = "a function to bool[]", f"one to {now.dtype}{now.shape}"
+            raise ValueError(_checks.message(_WHO, "when", expected, got, remedy))
+        return mask & now.astype(bool)

@@ -48,9 +48,9 @@ FOLDERS = {
     ),
     "_loops": (
         ("__init__", "plan", "refresh", "static", "varying"),
-        ("held", "passes", "state"),
-        ("functional", "perturbed"),
-        ("transform",),
+        ("passes", "state"),
+        ("functional", "held"),
+        ("perturbed", "transform"),
     ),
     "_train": (
         ("__init__", "devices", "executables", "step_checks"),

@@ -96,7 +96,6 @@ def test_a_selection_runs_on_the_cheapest_set_that_holds_it(seed, most, bound, s
         mask = rng.random(12) < 0.2
         names = set(layers.selected(mask))
         cover = menu.fitting(menu.bits(layers.selected(mask)))
-        assert names <= set(cover.names)
         holding = [c for c in menu.covers if names <= set(c.names)]
         prices = menu.layer_prices[mask]
         if holding:
@@ -105,7 +104,7 @@ def test_a_selection_runs_on_the_cheapest_set_that_holds_it(seed, most, bound, s
             assert price_of[cover] == max(prices, default=0.0)
         else:
             assert np.isinf(prices).any()
-            assert cover.names == layers.names
+            assert cover == (menu.covers[-1] if bound else lwsam.Cover(layers.names))
 
 
 def test_a_menu_with_room_for_all_loses_no_more_than_two_percent():
@@ -336,6 +335,28 @@ def test_only_first_calls_count_as_compiling():
         state, _ = step(state, at(i))
         seconds.append(step.compile_seconds)
     assert 0.0 < seconds[0] < seconds[1] == seconds[2] == seconds[3]
+
+
+# --- the two ends ---------------------------------------------------------------------
+
+
+def test_without_a_budget_the_two_ends_are_a_set():
+    layers = stack(10)
+    reach = lambda cover: max(10 - layers.depth[layers.names.index(n)] for n in cover)
+    ratio = lambda c: 1 + (0.06 * reach(c.names) + 0.04 * len(c) if len(c) else 0.0)
+    menu = Menu(layers, ratio, 6)
+    by_depth = sorted(layers.names, key=lambda n: layers.depth[layers.names.index(n)])
+    ends = {by_depth[0], *by_depth[6:]}
+    assert ends in [set(cover.names) for cover in menu.covers]
+    assert len(menu.covers) <= 6
+    assert list(menu.prices) == sorted(menu.prices)
+    bits = menu.bits((by_depth[0], by_depth[8]))
+    assert set(menu.fitting(bits).names) == ends
+    bits = menu.bits((by_depth[0], by_depth[3]))
+    assert menu.fitting(bits).names == layers.names
+    for budget in ({"bound": 0.9}, {"share": 0.5}, {"chosen": [True] * 10}):
+        sets = [set(cover.names) for cover in Menu(layers, ratio, 6, **budget).covers]
+        assert ends not in sets
 
 
 # --- a recorded run -------------------------------------------------------------------

@@ -53,7 +53,9 @@ class Part:
         if not isinstance(self.cut, _MicroBatch):
             remedy = "Pass the share of the examples that it sees, such as 0.25."
             raise TypeError(
-                _checks.message("ratio", "ascent", "a number", repr(self.cut), remedy)
+                _checks.message(
+                    "StepCost.ratio", "ascent", "a number", repr(self.cut), remedy
+                )
             )
         return self.cut.count(examples) / examples
 

@@ -53,6 +53,7 @@ class StepCost:
         *,
         whole_ascent: bool = False,
         descent: float = 1.0,
+        shared: bool = True,
     ) -> float:
         r"""Returns the FLOPs of a step over those of a plain gradient, $F + B$.
 
@@ -80,6 +81,8 @@ class StepCost:
             a method `fraction(examples)`; None is the whole batch.
           whole_ascent: Whether the ascent's backward pass reaches all leaves.
           descent: The share of the examples that the descent gradient sees.
+          shared: Whether an ascent on the whole batch shares the forward pass of what no
+            selected layer reaches; a function of one's own does not.
 
         Raises:
           ValueError: On unknown names, fractions outside [0, 1], or an `ascent` that asks
@@ -93,7 +96,8 @@ class StepCost:
             return 1.0
         ascent_to = range(len(self.layers) + 1) if whole_ascent else chosen
         plain, whole = max(self.plain, 1.0), float(self._reach.forward.sum())
-        again = self._reach.run_again(chosen) if f == 1.0 else whole
+        is_shared = shared and f == 1.0
+        again = self._reach.run_again(chosen) if is_shared else whole
         climb = f * (whole + self._reach.backward(ascent_to))
         if descent < 1.0:
             return descent + (climb + again) / plain

@@ -106,12 +106,14 @@ def value_and_grad(
     if method is None:
         method = _layerwise(rho, alpha, normalize, rule, layers)
     else:
-        _check_method(method, normalize)
+        _check_method(method, normalize, alpha)
         rule, layers = rule or method.rule, layers or method.layers
         axis_name = axis_name or method.axis_name
         rho = method.rho if rho is None else rho
         alpha = method.combine.alpha if alpha is None else alpha
     _checks.rho(_WHO, rho)
+    if alpha is not None:
+        _checks.alpha(_WHO, alpha)
     if callable(rho) or callable(alpha):
         remedy = "Pass rho= and alpha= of the step: schedule(step)."
         expected, got = "a number or a traced scalar", "a schedule"
@@ -190,7 +192,7 @@ def _layerwise(rho: Any, alpha: Any, normalize: str, rule: Any, layers: Any) -> 
     )
 
 
-def _check_method(method: Any, normalize: str) -> None:
+def _check_method(method: Any, normalize: str, alpha: Any) -> None:
     if not isinstance(method, Method):
         remedy = "Pass a lwsam.Method, such as lwsam.sam(0.05)."
         raise TypeError(
@@ -201,12 +203,17 @@ def _check_method(method: Any, normalize: str) -> None:
         raise ValueError(
             _checks.message(_WHO, "normalize", "left out", repr(normalize), remedy)
         )
-    if method.descent is not None:
-        remedy = "Use lwsam.TrainStep."
-        expected = "one whose descent sees the whole batch"
-        raise ValueError(
-            _checks.message(_WHO, "method", expected, "one with `descent`", remedy)
-        )
+    if alpha is not None and method.combine.alpha is None:
+        remedy = "Leave it out, or pass a method with combine=lwsam.mix(0.8)."
+        expected = "None, for the method's `combine` has no weight"
+        raise ValueError(_checks.message(_WHO, "alpha", expected, alpha, remedy))
+    for name in ("descent", "max_overhead", "mean_overhead"):
+        if getattr(method, name) is not None:
+            remedy = "Use lwsam.TrainStep."
+            got = f"one with `{name}`"
+            raise ValueError(
+                _checks.message(_WHO, "method", "one without", got, remedy)
+            )
 
 
 def _direction(method: Method, params: Any, key: jax.Array | None) -> Any:

@@ -14,7 +14,10 @@ import optax
 
 from .. import _checks, _tree
 from .._axes import shape as _shape
+from .._axes.combine import descend
 from .._engine.layers import Layers
+from .passes import move
+from .plan import Memory, Plan
 from .static import Static
 
 
@@ -54,12 +57,14 @@ class Parts(NamedTuple):
     layers: Layers
     ascent: Any
     shape: Any
+    is_plain: bool
 
 
 def _is_whole(parts: Parts, leaf: Any) -> bool:
     """Whether a leaf is kept, for it could not be computed back without drift."""
-    is_low = jnp.finfo(leaf.dtype).bits < 32
-    return is_low or not _is_undone(parts)
+    if parts.is_plain:
+        return False
+    return jnp.finfo(leaf.dtype).bits < 32 or not _is_undone(parts)
 
 
 def _is_undone(parts: Parts) -> bool:
@@ -68,11 +73,11 @@ def _is_undone(parts: Parts) -> bool:
     return hasattr(parts.shape, "factors") and not moves
 
 
-def keep(parts: Parts, params: Any, none: bool = False) -> Any:
+def keep(parts: Parts, params: Any) -> Any:
     """Returns the leaves that are kept, as a tree that holds these alone."""
     leaves, treedef = jax.tree.flatten(params)
     kept = [
-        x if at >= 0 and not none and _is_whole(parts, x) else optax.MaskedNode()
+        x if at >= 0 and _is_whole(parts, x) else optax.MaskedNode()
         for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, kept)
@@ -94,57 +99,63 @@ def count_factors(parts: Parts, leaves: list[Any]) -> list[int]:
     return [s.size for s in shapes]
 
 
-def _direction(
-    parts: Parts, state: PerturbedState, params: Any, whole: bool = False
-) -> list[jax.Array]:
-    """Returns the direction, 0 where nothing is perturbed, unless it is wanted whole."""
+def _direction(parts: Parts, state: PerturbedState, params: Any) -> list[jax.Array]:
     key = jax.random.fold_in(jax.random.key(state.seed), state.step_count)
     along = parts.ascent.direction(state.ascent, state.base, params, key)
-    if whole:
-        return jax.tree.leaves(along)
+    return parts.layers.flatten("ascent", "direction", along)
+
+
+def _perturbed_part(
+    parts: Parts, state: PerturbedState, along: list[jax.Array]
+) -> list[jax.Array]:
+    """Returns a direction that is 0 where nothing is perturbed."""
     on = [state.mask[max(at, 0)] & (at >= 0) for at in parts.layers.leaf_layer]
-    pairs = zip(on, jax.tree.leaves(along), strict=True)
-    return [jnp.where(m, x, 0) for m, x in pairs]
+    return [jnp.where(m, x, 0) for m, x in zip(on, along, strict=True)]
 
 
 def perturb(
     parts: Parts, state: PerturbedState, own: Any, radius: Any
 ) -> tuple[Any, PerturbedState]:
     """Returns the perturbed parameters, and the state that remembers how."""
-    leaves = jax.tree.leaves(own)
-    whole = _shape.wants_whole_ascent(parts.shape, own)
-    along = _direction(parts, state, own, whole)
     dtype = state.factors.dtype
     radius = jnp.maximum(jnp.asarray(radius, dtype), 0)
     if hasattr(parts.shape, "factors"):
-        found = parts.shape.factors(along, leaves, parts.layers)
+        leaves = jax.tree.leaves(own)
+        along = _direction(parts, state, own)  # once: noise is not cheap
+        part = _perturbed_part(parts, state, along)
+        seen = along if _shape.wants_whole_ascent(parts.shape, own) else part
+        found = parts.shape.factors(seen, leaves, parts.layers)
         flat = [radius * jnp.ravel(f).astype(dtype) for f in found]
         state = state._replace(factors=jnp.concatenate(flat))
-        return again(parts, state, own), state
+        return _add(parts, state, own, part, 1.0), state
     state = state._replace(factors=radius[None])
     moved, shape_state = _move_by_shape(parts, state, own)
     return moved, state._replace(shape=shape_state)
 
 
 def _move_by_shape(parts: Parts, state: PerturbedState, own: Any) -> tuple[Any, Any]:
-    leaves, treedef = jax.tree.flatten(own)
-    tree = jax.tree.unflatten(treedef, _direction(parts, state, own))
-    shaped, shape_state = parts.shape.update(
-        tree, state.shape, own, layers=parts.layers, mask=state.mask
+    """Returns the parameters perturbed by a shape that is no factor, and its state."""
+    plan = Plan(
+        layers=parts.layers,
+        chosen=range(len(parts.layers)),
+        mask=state.mask,
+        rho=state.factors[0],
+        alpha=None,
+        shape=parts.shape,
+        combine=descend(),
     )
-    moved = [
-        _tree.add_scaled(w, state.factors[0], x) if at >= 0 else w
-        for at, w, x in zip(
-            parts.layers.leaf_layer, leaves, jax.tree.leaves(shaped), strict=True
-        )
-    ]
-    return jax.tree.unflatten(treedef, moved), shape_state
+    along = [jnp.conj(x) for x in _direction(parts, state, own)]  # as of a gradient
+    moved, memory = move(plan, Memory(shape=state.shape), own, along, along)
+    return moved, memory.shape
 
 
 def again(parts: Parts, state: PerturbedState, own: Any) -> Any:
     """Returns the perturbed parameters of a state."""
+    if parts.is_plain:
+        return own
     if hasattr(parts.shape, "factors"):
-        return _add(parts, state, own, 1.0)
+        part = _perturbed_part(parts, state, _direction(parts, state, own))
+        return _add(parts, state, own, part, 1.0)
     if jax.tree.leaves(state.shape):
         remedy = "Keep the parameters that the loop held."
         expected, got = "one whose shape keeps no state", "another"
@@ -154,10 +165,15 @@ def again(parts: Parts, state: PerturbedState, own: Any) -> Any:
     return _move_by_shape(parts, state, own)[0]
 
 
-def _add(parts: Parts, state: PerturbedState, params: Any, sign: float) -> Any:
-    """Adds (or takes away) what the factors in the state say."""
+def _add(
+    parts: Parts,
+    state: PerturbedState,
+    params: Any,
+    along: list[jax.Array],
+    sign: float,
+) -> Any:
+    """Adds a direction (or takes it away) by the factors in the state."""
     leaves, treedef = jax.tree.flatten(params)
-    along = _direction(parts, state, params)
     start, moved = 0, []
     counts = count_factors(parts, leaves)
     rows = zip(parts.layers.leaf_layer, leaves, along, counts, strict=True)
@@ -173,13 +189,16 @@ def _add(parts: Parts, state: PerturbedState, params: Any, sign: float) -> Any:
 
 def unperturbed(parts: Parts, state: PerturbedState, params: Any) -> Any:
     """Returns the unperturbed parameters of a state."""
+    if parts.is_plain:
+        return params
     own = params
     if _is_undone(parts):
-        own = _add(parts, state, params, -1.0)
+        part = _perturbed_part(parts, state, _direction(parts, state, params))
+        own = _add(parts, state, params, part, -1.0)
     leaves, treedef = jax.tree.flatten(own)
     kept = iter(jax.tree.leaves(state.kept))
     final = [
-        next(kept, x) if at >= 0 and _is_whole(parts, x) else x
+        next(kept) if at >= 0 and _is_whole(parts, x) else x
         for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, final)

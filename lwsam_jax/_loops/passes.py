@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _tree
+from .. import _checks, _tree
 from .._axes import shape as _shape
 from .._axes.combine import Combine
 from .._engine.layers import Layers
@@ -54,13 +54,13 @@ def evaluate(
     if not plan.chosen:
         return _plain(plan, memory, loss, params)
     if direction is not None:
-        along = jax.tree.leaves(direction)
-        moved, memory = _move(plan, memory, params, along, along)
+        along = _as_gradient(plan, params, direction)
+        moved, memory = move(plan, memory, params, along, along)
         return _descend(plan, memory, loss, moved, None, None)
     if ascent_loss is not None or descent_loss is not None:
         first = loss if ascent_loss is None else local(ascent_loss, params, axis)
         value, aux, ascent, whole = _ascend(plan, first, params)
-        moved, memory = _move(plan, memory, params, ascent, whole)
+        moved, memory = move(plan, memory, params, ascent, whole)
         if descent_loss is None:
             return _descend(plan, memory, loss, moved, value, whole or ascent)
         perturbed, perturbed_aux = loss(moved)
@@ -93,12 +93,27 @@ def from_gradients(
     Returns:
       The gradient for the optimizer, the norms of the descent, the memory.
     """
-    along = jax.tree.leaves(grads if direction is None else direction)
-    moved, memory = _move(plan, memory, params, along, along)
+    along = jax.tree.leaves(grads)
+    if direction is not None:
+        along = _as_gradient(plan, params, direction)
+    moved, memory = move(plan, memory, params, along, along)
     descent = descent_of(moved)
     ascent = along if direction is None else None
     final, memory = _combined(plan, memory, ascent, descent)
     return final, plan.layers.norms(descent), memory
+
+
+def _as_gradient(plan: Plan, params: Any, direction: Any) -> list[jax.Array]:
+    """Returns the leaves of a direction, conjugated as `move` takes gradients."""
+    along = plan.layers.flatten("ascent", "direction", direction)
+    for x, w in zip(along, jax.tree.leaves(params), strict=True):
+        if jnp.shape(x) != jnp.shape(w):
+            remedy = "Return a direction with the shapes of the parameters."
+            expected, got = f"of shape {jnp.shape(w)}", str(jnp.shape(x))
+            raise ValueError(
+                _checks.message("ascent", "direction", expected, got, remedy)
+            )
+    return [jnp.conj(x) for x in along]
 
 
 def _plain(
@@ -164,7 +179,7 @@ def _split(
         whole = assemble(ascent, rest)
     else:
         ascent = mean(ascent, axis)
-    moved, memory = _move(plan, memory, params, ascent, whole)
+    moved, memory = move(plan, memory, params, ascent, whole)
     moved_leaves = jax.tree.leaves(moved)
     perturbed_value, perturbed, descent, residual_grads = run(
         [moved_leaves[i] for i in selected], residuals, True
@@ -213,7 +228,7 @@ def _descend(
     return LayerwiseGrad(value, aux, grads, norms, value, ascent_value), memory
 
 
-def _move(
+def move(
     plan: Plan,
     memory: Memory,
     params: Any,
@@ -275,9 +290,9 @@ def _combined(
     """Returns the gradient for the optimizer, from both gradients."""
     combine = plan.combine
     leaves, treedef = jax.tree.flatten(descent)
-    if ascent is None:  # a stale ascent; `needs` is "none"
-        return descent, memory
     places = range(len(leaves)) if combine.needs == "all" else plan.selected
+    if ascent is None:  # a stale one; `needs` is "none"
+        ascent = [jnp.zeros_like(leaves[i]) for i in places]
     if len(ascent) != len(places):  # all of them, for the shape's sake
         ascent = [ascent[i] for i in places]
     active = [None] * len(places) if combine.needs == "all" else plan.active

@@ -18,6 +18,7 @@ from .. import _checks, _tree
 from .._axes import ascent as _ascent, shape as _shape, which
 from .._engine.layers import Layers, Rule
 from .._engine.rules import leaves as every_leaf, weights
+from .._method import Method
 from . import held, state as _state
 from .held import PerturbedState
 from .static import register_with_flax, Static
@@ -92,14 +93,14 @@ def perturbed(
     """
     ascent = _ascent.momentum() if ascent is None else ascent
     shape = _shape.relative() if shape is None else shape
-    _check(base, rho, ascent, shape, select, k)
+    _check(base, ascent, select, k)
     base = optax.with_extra_args_support(base)
     if rule is None:
         rule = weights if getattr(shape, "of_layers", False) else every_leaf
     if select is None:
         select = which.everything() if k is None else which.top_k(k)
-    no_radius = _checks.is_number(rho) and rho == 0
-    is_plain = no_radius or which.selects_nothing(select)
+    method = Method(select, rho=rho, ascent=ascent, shape=shape, rule=rule, seed=seed)
+    ascent, shape, is_plain = method.ascent, method.shape, method.is_plain
 
     def init_fn(params: optax.Params) -> PerturbedState:
         register_with_flax()
@@ -107,7 +108,7 @@ def perturbed(
             return _placeholder(params, base.init(params))
         layers = Layers.of(params, rule, allow_masked=True)
         inner = base.init(params)
-        parts = held.Parts(layers, ascent, shape)
+        parts = held.Parts(layers, ascent, shape, is_plain)
         leaves = jax.tree.leaves(params)
         dtype = _tree.accumulation_dtype(*leaves)
         state = PerturbedState(
@@ -117,16 +118,13 @@ def perturbed(
             shape=shape.init(params),
             factors=jnp.zeros((sum(held.count_factors(parts, leaves)),), dtype),
             # Copies: a loop may donate its parameters and this state together.
-            kept=jax.tree.map(jnp.copy, held.keep(parts, params, is_plain)),
+            kept=jax.tree.map(jnp.copy, held.keep(parts, params)),
             seed=jnp.asarray(seed),
             mask=jnp.zeros((len(layers),), bool),
-            hyperparams={"rho": jnp.asarray(rho, dtype)} if _is_set(rho) else {},
+            hyperparams=method.hyperparams(dtype),
             made_of=Static(parts),
         )
         return state
-
-    def _is_set(x):
-        return not is_plain and _checks.is_number(x)
 
     def _placeholder(params, inner):
         return PerturbedState(
@@ -138,7 +136,7 @@ def perturbed(
             kept=params,
             seed=jnp.zeros((), jnp.int32),
             mask=jnp.zeros((0,), bool),
-            hyperparams={"rho": jnp.zeros(())} if _is_set(rho) else {},
+            hyperparams=method.hyperparams(jnp.float32),
             made_of=Static(None, is_placeholder=True),
         )
 
@@ -157,7 +155,7 @@ def perturbed(
             return found, state._replace(step_count=count, base=inner)
         layers = Layers.of(params, rule, allow_masked=True)
         layers.flatten(_WHO, "updates", updates)
-        parts = held.Parts(layers, ascent, shape)
+        parts = held.Parts(layers, ascent, shape, is_plain)
         own = held.unperturbed(parts, state, params)
         found, inner = base.update(updates, state.base, own, **extra_args)
         own = optax.apply_updates(own, found)
@@ -166,10 +164,11 @@ def perturbed(
             base=inner,
             ascent=ascent.update(state.ascent, updates),
             kept=held.keep(parts, own),
-            mask=_choose(select, layers, updates, state.seed, count),
+            mask=_choose(method, layers, updates, count),
+            hyperparams=method.scheduled(state.hyperparams, count),
             made_of=Static(parts),
         )
-        radius = rho(count) if callable(rho) else state.hyperparams.get("rho", rho)
+        radius = after.hyperparams.get("rho", rho)
         moved, after = held.perturb(parts, after, own, radius)
         step = lambda new, old: _tree.wide(new) - _tree.wide(old)
         pairs = zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True)
@@ -187,13 +186,12 @@ def perturbed(
     )
 
 
-def _choose(
-    select: which.Selector, layers: Layers, grads: Any, seed: jax.Array, count: Any
-) -> jax.Array:
-    if select is which.everything():  # no norms, which cost a sharded loop reductions
+def _choose(method: Method, layers: Layers, grads: Any, count: Any) -> jax.Array:
+    if (
+        method.select is which.everything()
+    ):  # no norms: a sharded loop would reduce them
         return jnp.ones((len(layers),), bool)
-    key = jax.random.fold_in(jax.random.key(seed), count)
-    return which.choose(select, layers.norms(grads), key, layers)
+    return method.choose(layers.norms(grads), count, layers)
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
@@ -228,14 +226,12 @@ def train_params(opt_state: Any, params: Any) -> Any:
     return _for_each("train_params", held.again, opt_state, params)
 
 
-def _check(base: Any, rho: Any, ascent: Any, shape: Any, select: Any, k: Any) -> None:
+def _check(base: Any, ascent: Any, select: Any, k: Any) -> None:
     if not (hasattr(base, "init") and hasattr(base, "update")):
         remedy = "Pass an Optax optimizer such as optax.sgd(0.1, momentum=0.9)."
         raise TypeError(
             _checks.message(_WHO, "base", "an optimizer", repr(base), remedy)
         )
-    _checks.rho(_WHO, rho)
-    _shape.check(_WHO, shape)
     if isinstance(_ascent.as_ascent(_WHO, ascent), _ascent.Part):
         remedy = (
             "Pass momentum(), previous() or random(), or use lwsam.TrainStep or "
@@ -249,9 +245,6 @@ def _check(base: Any, rho: Any, ascent: Any, shape: Any, select: Any, k: Any) ->
         remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
         expected = "given if and only if `select` is not"
         raise ValueError(_checks.message(_WHO, "k", expected, "both", remedy))
-    if select is not None:
-        remedy = "Pass lwsam.top_k(4), or a function (norms, key) -> bool mask."
-        _checks.is_callable(_WHO, "select", select, remedy)
 
 
 def _for_each(who: str, function: Any, opt_state: Any, params: Any) -> Any:

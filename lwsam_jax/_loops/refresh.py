@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .. import _checks
 
@@ -44,12 +44,17 @@ def refresh(
     remedy = "Pass loss_fn(params, model_state, batch, key)."
     _checks.is_callable("refresh", "loss_fn", loss_fn, remedy)
     key = jax.random.key(0) if key is None else key
-    forward = jax.jit(
-        lambda p, m, batch, i: loss_fn(p, m, batch, jax.random.fold_in(key, i))[1][0]
-    )
     for number, batch in enumerate(at_least_one("refresh", batches)):
-        model_state = forward(params, model_state, batch, jnp.int32(number))
+        numbered = jax.random.fold_in(key, number)
+        model_state = _forward(loss_fn, params, model_state, batch, numbered)
     return model_state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    loss_fn: Any, params: Any, model_state: Any, batch: Any, key: jax.Array
+) -> Any:
+    return loss_fn(params, model_state, batch, key)[1][0]
 
 
 def at_least_one(who: str, batches: Iterable[Any]) -> Iterable[Any]:

@@ -25,7 +25,8 @@ class MethodState(NamedTuple):
       step_count: int32[], steps done.
       norms: f32[L], gradient norms of the last step (Algorithm 1, line 9), 0 at first.
       mask: bool[L], layers that the next step perturbs.
-      value: f32[], clean loss of the last step that computed it, 0 at first.
+      value: f32[], loss of the last step that computed it, 0 at first: the clean one, or
+        where no pass sees the whole batch so the perturbed one.
       layers: Static node that holds the `Layers`.
       memory: What shape and combine remember.
       ascent: What a stale ascent keeps.

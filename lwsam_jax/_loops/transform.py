@@ -201,6 +201,13 @@ def _sources(
         raise ValueError(
             _checks.message(_WHO, "grad_fn", "given, or else `value_fn`", "both", _ONE)
         )
+    if ascent_value_fn is not None and value_fn is None:
+        remedy = "Pass value_fn= beside it: the loss on the whole batch."
+        expected = "left out, or given with `value_fn`"
+        got = "given without it"
+        raise ValueError(
+            _checks.message(_WHO, "ascent_value_fn", expected, got, remedy)
+        )
     losses = [
         f and scalar_loss(_WHO, name, _of_params(name, f), has_aux=False)
         for name, f in (("value_fn", value_fn), ("ascent_value_fn", ascent_value_fn))
@@ -264,7 +271,12 @@ def _gradient(
     if method.is_stale and plan.chosen:
         key = jax.random.fold_in(jax.random.key(method.seed), state.step_count)
         direction = method.ascent.direction(state.ascent, None, params, key)
-    elif method.ascent.cut is not None and sources.ascent_value_fn is None:
+    elif (
+        plan.chosen
+        and not method.is_stale
+        and method.ascent.cut is not None
+        and sources.ascent_value_fn is None
+    ):
         remedy = "Pass value_fn=loss on the batch and ascent_value_fn=loss on a part."
         expected = "given, for the ascent sees a part of the batch"
         raise ValueError(

@@ -98,7 +98,8 @@ def _choose(
     examples = cost.examples or 0
     names = cost.layers.names
     at = lambda count, cover: cost.ratio(cover, count / examples)
-    part = lambda count: {"ascent": _ascent.micro_batch(size=count)}
+    # A share, for the examples are those of one device.
+    part = lambda count: {"ascent": _ascent.micro_batch(count / examples)}
     largest = max(int(_LARGEST * examples), 1)
     per_example = at(1, names) - 1
     affordable = math.floor((price - 1) / per_example + 1e-9)

@@ -37,7 +37,9 @@ class Devices:
         elif parallel is not None:
             remedy = "Pass None, 'pmap', or a jax.sharding.Mesh."
             raise ValueError(
-                _checks.message(who, "parallel", "one of these", repr(parallel), remedy)
+                _checks.message(
+                    who, "parallel", "a way to spread", repr(parallel), remedy
+                )
             )
 
     def axis_sizes(self) -> list[tuple[Any, int]]:

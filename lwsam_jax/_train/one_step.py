@@ -140,7 +140,7 @@ class OneStep:
         )
         norms = out.norms.astype(before.norms.dtype)
         decided, unspent = self.purse.choose(
-            norms, state.step + 1 + self._lag, before.budget.unspent
+            norms, state.step + 1 + len(before.pending), before.budget.unspent
         )
         queue = (*before.pending, decided)
         overhead = jnp.float32(self._ratio(selection if plan.chosen else ()) - 1.0)

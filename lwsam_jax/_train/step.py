@@ -35,11 +35,11 @@ class TrainStep:
     """Trains by a method, each step on an executable that fits its selection.
 
     Between steps the host reads the mask, L bytes, and runs the cheapest executable that
-    contains the selected layers. There are few: the plain step, and covers (every layer
-    from a depth on) spread over the price; a selector whose layers are known beforehand
-    gets exactly these. Both passes see the same PRNG key; the model state and the metrics
-    are those of the clean pass, or of the descent where the ascent has a batch of its
-    own.
+    contains the selected layers. There are few: the plain step, covers (every layer from
+    a depth on) spread over the price, and without a budget the two ends of the network;
+    a selector whose layers are known beforehand gets exactly these. Both passes see the
+    same PRNG key; the model state and the metrics are those of the clean pass, or of the
+    descent where the ascent has a batch of its own.
 
     Args:
       loss_fn: `loss_fn(params, model_state, batch, key) -> (loss, (model_state,
@@ -92,7 +92,7 @@ class TrainStep:
         method: Method,
         parallel: str | Mesh | None = None,
         *,
-        max_executables: int = 9,
+        max_executables: int = 12,
         selection_lag: int = 0,
         donate: bool = True,
     ) -> None:
@@ -204,8 +204,8 @@ class TrainStep:
           state: As for a step; donated.
           batches: A batch whose arrays have one more axis in front, of T steps.
           covers: How many executables' bodies are compiled beside the plain one, spread
-            over the price. None is 4, or all of them where a `mean_overhead` has to be
-            met, for it charges each selection what the loop would run.
+            over the price; None is 4. Where a `mean_overhead` has to be met it is all
+            of them, for that charges each selection what the loop would run.
 
         Returns:
           The state after T steps, and a `StepInfo` whose arrays have a first axis T.
@@ -221,9 +221,10 @@ class TrainStep:
         self._prepare(state, first)
         state = self._take_hyperparams(state)
         assert self._menu is not None
-        if covers is None:
-            few = self._method.mean_overhead is None
-            covers = 4 if few else len(self._menu.covers)
+        if self._method.mean_overhead is not None:
+            covers = len(self._menu.covers)
+        elif covers is None:
+            covers = 4
         if covers not in self._scans:
             many = self._one.many(self._menu.few(covers))
             self._scans[covers] = self._devices.compile(many, lead=1)

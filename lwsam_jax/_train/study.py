@@ -64,12 +64,20 @@ def study(
         bound=method.max_overhead,
         share=method.mean_overhead,
     )
-    known = None
+    return Study(layers, cost, ratio, menu, _known(method, layers, menu, chosen))
+
+
+def _known(
+    method: Method, layers: Layers, menu: Menu, chosen: Any
+) -> np.ndarray | None:
     if method.is_plain:
-        known = np.zeros(len(layers), bool)
-    elif chosen and method.when is when.always() and len(menu.covers) == 2:
-        known = np.asarray(chosen)
-    return Study(layers, cost, ratio, menu, known)
+        return np.zeros(len(layers), bool)
+    changes = method.when is not when.always() or method.mean_overhead is not None
+    if chosen is None or changes:
+        return None
+    names = layers.selected(chosen)
+    is_all = [cover.names for cover in menu.covers[1:]] == [names]
+    return np.asarray(chosen) if is_all else None  # else a budget leaves some out
 
 
 def _ratio(
@@ -78,8 +86,11 @@ def _ratio(
     whole = method.combine.needs == "all"
     whole = whole or shape.wants_whole_ascent(method.shape, params)
     part = 0.0 if method.is_stale else method.ascent.measured(batch, devices)
+    shared = not method.is_stale and method.ascent.cut is None
     share = 1.0 if method.descent is None else method.descent.fraction
-    return functools.partial(cost.ratio, ascent=part, whole_ascent=whole, descent=share)
+    return functools.partial(
+        cost.ratio, ascent=part, whole_ascent=whole, descent=share, shared=shared
+    )
 
 
 def warn_if_nothing_is_affordable(method: Method, menu: Menu) -> None:
