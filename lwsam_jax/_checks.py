@@ -21,6 +21,20 @@ def message(who: str, argument: str, expected: str, got: Any, remedy: str) -> st
     return f"{who}: expected `{argument}` to be {expected}, got {text}. {remedy}"
 
 
+def value_error(
+    who: str, argument: str, expected: str, got: Any, remedy: str
+) -> ValueError:
+    """Returns the error of a value that is not among those that are right."""
+    return ValueError(message(who, argument, expected, got, remedy))
+
+
+def type_error(
+    who: str, argument: str, expected: str, got: Any, remedy: str
+) -> TypeError:
+    """Returns the error of an argument of the wrong kind."""
+    return TypeError(message(who, argument, expected, got, remedy))
+
+
 def is_number(x: Any) -> bool:
     """Whether `x` is a Python (or NumPy) number whose value is known now."""
     return isinstance(x, numbers.Real) and not isinstance(x, bool)

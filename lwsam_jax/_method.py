@@ -102,8 +102,8 @@ class Method:
             _checks.is_callable(_WHO, "rule", self.rule, remedy)
         if self.layers is not None and not isinstance(self.layers, Layers):
             remedy = "Make them with lwsam.Layers.of(params, ...)."
-            raise TypeError(
-                _checks.message(_WHO, "layers", "Layers or None", self.layers, remedy)
+            raise _checks.type_error(
+                _WHO, "layers", "Layers or None", self.layers, remedy
             )
         for name in ("max_overhead", "mean_overhead"):
             bound = getattr(self, name)
@@ -181,5 +181,5 @@ class Method:
         if now.shape != ():
             remedy = "Return one bool, such as step % 2 == 0."
             expected, got = "a function to bool[]", f"one to {now.dtype}{now.shape}"
-            raise ValueError(_checks.message(_WHO, "when", expected, got, remedy))
+            raise _checks.value_error(_WHO, "when", expected, got, remedy)
         return mask & now.astype(bool)

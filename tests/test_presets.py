@@ -552,7 +552,7 @@ def test_looksam_takes_no_direction_from_rounding():
     def next_step(g):
         zero = (jnp.zeros_like(g),)
         _, stored = part.update((g,), (g,), zero, None)
-        (d,) = part.between((g,), stored)
+        (d,) = part.otherwise((g,), stored)
         return d
 
     g = jnp.asarray(np.random.default_rng(0).normal(size=(200, 9)), jnp.float32)

@@ -52,10 +52,8 @@ class Part:
             return 1.0
         if not isinstance(self.cut, _MicroBatch):
             remedy = "Pass the share of the examples that it sees, such as 0.25."
-            raise TypeError(
-                _checks.message(
-                    "StepCost.ratio", "ascent", "a number", repr(self.cut), remedy
-                )
+            raise _checks.type_error(
+                "StepCost.ratio", "ascent", "a number", repr(self.cut), remedy
             )
         return self.cut.count(examples) / examples
 
@@ -85,7 +83,7 @@ class _MicroBatch:
             remedy = "Take a larger share or size, but no more than the batch has."
             name = "fraction" if self.size is None else "size"
             expected = "one that gives 1 example or more, and no more than there are"
-            raise ValueError(_checks.message(_WHO, name, expected, got + on, remedy))
+            raise _checks.value_error(_WHO, name, expected, got + on, remedy)
         return count
 
     def __call__(self, batch: Any, key: jax.Array, devices: int = 1) -> Any:
@@ -105,8 +103,8 @@ def batch_size(who: str, batch: Any) -> int:
     ]
     if not sizes:
         remedy = "Pass arrays whose first axis is the batch."
-        raise ValueError(
-            _checks.message(who, "batch", "arrays with a batch axis", "none", remedy)
+        raise _checks.value_error(
+            who, "batch", "arrays with a batch axis", "none", remedy
         )
     counts = [n for _, n in sizes]
     usual = max(counts, key=lambda n: (counts.count(n), n))
@@ -115,7 +113,7 @@ def batch_size(who: str, batch: Any) -> int:
             remedy = "What is no batch goes into the loss by a closure, or as a scalar."
             expected = f"arrays whose first axis is the batch, {usual} examples"
             got = f"an array at {path} whose first axis is {n}"
-            raise ValueError(_checks.message(who, "batch", expected, got, remedy))
+            raise _checks.value_error(who, "batch", expected, got, remedy)
     return usual
 
 
@@ -152,20 +150,18 @@ def micro_batch(fraction: float | None = None, *, size: int | None = None) -> Pa
     if (fraction is None) == (size is None):
         got = "neither" if size is None else "both"
         remedy = "Pass micro_batch(0.1), or micro_batch(size=16)."
-        raise ValueError(
-            _checks.message(_WHO, "fraction", "given, or else `size`", got, remedy)
+        raise _checks.value_error(
+            _WHO, "fraction", "given, or else `size`", got, remedy
         )
     if size is not None:
         _checks.count(_WHO, "size", size, "Pass how many examples the ascent sees.")
         if size < 1:
             remedy = "Pass how many examples the ascent sees."
-            raise ValueError(_checks.message(_WHO, "size", ">= 1", size, remedy))
+            raise _checks.value_error(_WHO, "size", ">= 1", size, remedy)
         return Part(_MicroBatch(size=size))
     if not _checks.is_number(fraction) or not 0 < float(fraction or 0) <= 1:
         remedy = "0.1 takes the ascent on a tenth of the batch."
-        raise ValueError(
-            _checks.message(_WHO, "fraction", "in (0, 1]", repr(fraction), remedy)
-        )
+        raise _checks.value_error(_WHO, "fraction", "in (0, 1]", repr(fraction), remedy)
     return _WHOLE if fraction == 1 else Part(_MicroBatch(float(fraction or 0)))
 
 
@@ -258,7 +254,7 @@ def momentum(sign: float = -1, *, decay: float = _OWN_DECAY) -> Stale:
     """
     if sign not in (-1, 1):
         remedy = "-1 is MSAM's sign."
-        raise ValueError(_checks.message("momentum", "sign", "-1 or 1", sign, remedy))
+        raise _checks.value_error("momentum", "sign", "-1 or 1", sign, remedy)
     return _Momentum(sign, decay)
 
 

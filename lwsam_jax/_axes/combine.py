@@ -31,8 +31,8 @@ class Combine(NamedTuple):
       alpha: A weight that a loop may set, a number or a schedule of the step count; it
         is `state.hyperparams["alpha"]`. None: there is none.
       init: `init(leaves) -> state` from the leaves that may be perturbed.
-      between: `between(gradient, state) -> gradient`, in steps without an ascent, on the
-        leaves that may be perturbed; None leaves the gradient as it is.
+      otherwise: `otherwise(gradient, state) -> gradient`, in steps without an ascent, on
+        the leaves that may be perturbed; None leaves the gradient as it is.
       everywhere: Whether it is right only where every layer is perturbed.
     """
 
@@ -40,7 +40,7 @@ class Combine(NamedTuple):
     needs: str = "selected"
     alpha: Any = None
     init: Callable[[Leaves], Any] = lambda leaves: ()
-    between: Callable[[Leaves, Any], Leaves] | None = None
+    otherwise: Callable[[Leaves, Any], Leaves] | None = None
     everywhere: bool = False
 
     def refuse(self, who: str, method: Any) -> None:
@@ -52,13 +52,13 @@ class Combine(NamedTuple):
             )
             expected = "one that needs no ascent gradient, for this ascent takes none"
             got = f"one that needs {self.needs!r}"
-            raise ValueError(_checks.message(who, "combine", expected, got, remedy))
+            raise _checks.value_error(who, "combine", expected, got, remedy)
         budget = (method.max_overhead, method.mean_overhead) != (None, None)
         if self.everywhere and (method.select is not everything() or budget):
             remedy = "Pass select=lwsam.everything() and no budget."
             got = "another selection" if not budget else "a budget"
             expected = "one for some layers, or `select` everything()"
-            raise ValueError(_checks.message(who, "combine", expected, got, remedy))
+            raise _checks.value_error(who, "combine", expected, got, remedy)
 
 
 def as_combine(who: str, combine: Any) -> Combine:
@@ -154,7 +154,7 @@ def reuse(weight: float) -> Combine:
         is_real = size > noise * _tree.norm(descent, dtype)
         return descent, tuple(jnp.where(is_real, v, 0) for v in across)
 
-    def between(grads, stored):
+    def otherwise(grads, stored):
         dtype = _tree.accumulation_dtype(*grads, *stored)
         scale = jnp.asarray(weight).astype(dtype) * _tree.norm(grads, dtype)
         scale = scale * _tree.reciprocal(_tree.norm(stored, dtype))
@@ -162,7 +162,7 @@ def reuse(weight: float) -> Combine:
         return tuple(_tree.add_scaled(g, scale, v) for g, v in pairs)
 
     init = lambda leaves: tuple(jnp.zeros_like(x) for x in leaves)
-    return Combine(update, init=init, between=between, everywhere=True)
+    return Combine(update, init=init, otherwise=otherwise, everywhere=True)
 
 
 def orthogonal_part(onto: Leaves, x: Leaves) -> Leaves:

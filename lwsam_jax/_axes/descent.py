@@ -34,15 +34,13 @@ class Sharpest:
             remedy = "Return one loss for each example."
             expected = f"f32[{examples}]"
             got = f"{losses[0].dtype}{list(losses[0].shape)}"
-            raise ValueError(
-                _checks.message(_WHO, 'metrics["losses"]', expected, got, remedy)
-            )
+            raise _checks.value_error(_WHO, 'metrics["losses"]', expected, got, remedy)
         count = math.floor(self.fraction * examples + 1e-9)
         if count < 1:
             remedy = "Take a larger share."
             got = f"{self.fraction}, which is 0 of {examples} examples"
             expected = "a share that gives 1 example or more"
-            raise ValueError(_checks.message(_WHO, "fraction", expected, got, remedy))
+            raise _checks.value_error(_WHO, "fraction", expected, got, remedy)
         _, places = jax.lax.top_k(losses[0] - losses[1], count)
         return jax.tree.map(lambda x: x[places] if jnp.ndim(x) else x, batch)
 
@@ -51,7 +49,7 @@ class Sharpest:
         if method.ascent != whole_batch():
             remedy = "Pass ascent=lwsam.whole_batch(), or no `descent`."
             expected = "None, for this ascent does not see the whole batch"
-            raise ValueError(_checks.message(who, "descent", expected, self, remedy))
+            raise _checks.value_error(who, "descent", expected, self, remedy)
 
 
 def sharpest(fraction: float) -> Sharpest | None:
@@ -70,9 +68,7 @@ def sharpest(fraction: float) -> Sharpest | None:
     """
     if not _checks.is_number(fraction) or not 0 < fraction <= 1:
         remedy = "0.5 takes the descent on the sharper half of the batch."
-        raise ValueError(
-            _checks.message(_WHO, "fraction", "in (0, 1]", repr(fraction), remedy)
-        )
+        raise _checks.value_error(_WHO, "fraction", "in (0, 1]", repr(fraction), remedy)
     return None if fraction == 1 else Sharpest(float(fraction))
 
 
@@ -81,9 +77,7 @@ def check(who: str, descent: Any) -> None:
     if not isinstance(descent, Sharpest):
         remedy = "Pass lwsam.sharpest(0.5), or None for the whole batch."
         expected = "lwsam.sharpest(fraction) or None"
-        raise TypeError(
-            _checks.message(who, "descent", expected, repr(descent), remedy)
-        )
+        raise _checks.type_error(who, "descent", expected, repr(descent), remedy)
 
 
 def _losses(metrics: Any) -> jax.Array:
@@ -92,6 +86,6 @@ def _losses(metrics: Any) -> jax.Array:
     except (KeyError, TypeError, IndexError):
         remedy = 'Return {"losses": losses}, f32[B], among the metrics of the loss.'
         got = f"{jax.tree.structure(metrics)}"
-        raise ValueError(
-            _checks.message(_WHO, "metrics", 'a dict with "losses"', got, remedy)
+        raise _checks.value_error(
+            _WHO, "metrics", 'a dict with "losses"', got, remedy
         ) from None

@@ -219,7 +219,7 @@ def check(who: str, shape: Any) -> None:
     if not (hasattr(shape, "init") and hasattr(shape, "update")):
         remedy = "Pass lwsam.raw(), normalized(), adaptive(), relative(), or any other."
         expected = "an Optax transformation"
-        raise TypeError(_checks.message(who, "shape", expected, repr(shape), remedy))
+        raise _checks.type_error(who, "shape", expected, repr(shape), remedy)
 
 
 def _leaves_of(params: Any, leaves: list[Any]) -> list[Any]:
@@ -228,7 +228,7 @@ def _leaves_of(params: Any, leaves: list[Any]) -> list[Any]:
         remedy = "Call update(direction, state, params, layers=layers, mask=mask)."
         got = f"{len(found)} leaves"
         expected = f"the parameters, {len(leaves)} leaves"
-        raise ValueError(_checks.message("shape", "params", expected, got, remedy))
+        raise _checks.value_error("shape", "params", expected, got, remedy)
     return found
 
 

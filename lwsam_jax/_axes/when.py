@@ -38,9 +38,7 @@ def every(n: int) -> Predicate:
     """
     if not _checks.is_number(n) or n != int(n) or n < 1:
         remedy = "Pass the period in steps; 1 perturbs in every step."
-        raise ValueError(
-            _checks.message("every", "n", "an integer >= 1", repr(n), remedy)
-        )
+        raise _checks.value_error("every", "n", "an integer >= 1", repr(n), remedy)
     return lambda step: step % int(n) == 0
 
 
@@ -61,9 +59,7 @@ def last(fraction: float, total_steps: int) -> Predicate:
     if not _checks.is_number(fraction) or not 0 <= fraction <= 1:
         remedy = "0.3 perturbs in the last 30 % of the steps."
         expected = "a number in [0, 1]"
-        raise ValueError(
-            _checks.message("last", "fraction", expected, repr(fraction), remedy)
-        )
+        raise _checks.value_error("last", "fraction", expected, repr(fraction), remedy)
     remedy = "Pass the number of steps of the whole run."
     _checks.count("last", "total_steps", total_steps, remedy)
     start = total_steps - math.ceil(fraction * total_steps - 1e-9)
@@ -85,7 +81,5 @@ def between(start: int, stop: int) -> Predicate:
     _checks.count("between", "start", start, remedy)
     _checks.count("between", "stop", stop, remedy)
     if stop < start:
-        raise ValueError(
-            _checks.message("between", "stop", f">= start, {start}", stop, remedy)
-        )
+        raise _checks.value_error("between", "stop", f">= start, {start}", stop, remedy)
     return lambda step: (step >= start) & (step < stop)

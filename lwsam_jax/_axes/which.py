@@ -47,14 +47,8 @@ class _Best:
             remedy = (
                 f"Pass k <= {len(layers)}; the layers are {', '.join(layers.names)}."
             )
-            raise ValueError(
-                _checks.message(
-                    "lwsam",
-                    "k",
-                    f"<= the number of layers, {len(layers)}",
-                    self.k,
-                    remedy,
-                )
+            raise _checks.value_error(
+                "lwsam", "k", f"<= the number of layers, {len(layers)}", self.k, remedy
             )
         return dataclasses.replace(self, depth=layers.depth)
 
@@ -83,7 +77,7 @@ def _low(norms, key):
 def _uniform(norms, key):
     if key is None:
         remedy = "Pass a jax.random.key; inside a transformation it comes from seed=."
-        raise TypeError(_checks.message("random_k", "key", "a PRNG key", None, remedy))
+        raise _checks.type_error("random_k", "key", "a PRNG key", None, remedy)
     return jax.random.uniform(key, norms.shape, norms.dtype)
 
 
@@ -137,10 +131,8 @@ class _Named:
         chosen = tuple(bool(re.search(self.pattern, name)) for name in layers.names)
         if not any(chosen):
             remedy = f"The layers are: {', '.join(layers.names)}."
-            raise ValueError(
-                _checks.message(
-                    "named", "regex", "found in a layer's name", self.pattern, remedy
-                )
+            raise _checks.value_error(
+                "named", "regex", "found in a layer's name", self.pattern, remedy
             )
         return dataclasses.replace(self, chosen=chosen)
 
@@ -148,10 +140,8 @@ class _Named:
         del key
         if self.chosen is None:
             remedy = "Call named(regex).bind(layers) first, with the Layers it is for."
-            raise TypeError(
-                _checks.message(
-                    "named", "layers", "known", "an unbound selector", remedy
-                )
+            raise _checks.type_error(
+                "named", "layers", "known", "an unbound selector", remedy
             )
         return jnp.asarray(self.chosen) & _allowed(norms)
 
@@ -174,8 +164,8 @@ def named(regex: str) -> Selector:
         re.compile(regex)
     except (re.error, TypeError) as error:
         remedy = f"Python's re says: {error}."
-        raise ValueError(
-            _checks.message("named", "regex", "a regular expression", regex, remedy)
+        raise _checks.value_error(
+            "named", "regex", "a regular expression", regex, remedy
         ) from None
     return _Named(regex)
 
@@ -242,7 +232,7 @@ def choose(
         remedy = "Return one bool for each layer, in pytree order."
         got = f"{mask.dtype}{list(mask.shape)}"
         expected = f"a function to bool[{len(layers)}]"
-        raise ValueError(_checks.message("lwsam", "select", expected, got, remedy))
+        raise _checks.value_error("lwsam", "select", expected, got, remedy)
     return mask & allowed
 
 

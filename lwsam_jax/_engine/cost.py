@@ -110,13 +110,11 @@ class StepCost:
         expected = "a number in [0, 1], or what has a method fraction(examples)"
         if not callable(getattr(ascent, "fraction", None)):
             remedy = "Pass the fraction of the batch, e.g. 0.1, or None for all of it."
-            raise TypeError(
-                _checks.message(_WHO, "ascent", expected, repr(ascent), remedy)
-            )
+            raise _checks.type_error(_WHO, "ascent", expected, repr(ascent), remedy)
         if self.examples is None:
             got = f"{ascent!r}, and no argument of the loss has examples"
             remedy = "Pass the batch to the loss as an argument, or a number."
-            raise ValueError(_checks.message(_WHO, "ascent", expected, got, remedy))
+            raise _checks.value_error(_WHO, "ascent", expected, got, remedy)
         return _in_range("ascent", ascent.fraction(self.examples))
 
     def eq8(self, selection: tuple[str, ...] | Cover) -> float:
@@ -188,7 +186,7 @@ def _in_range(argument: str, x: Any) -> float:
     if not _checks.is_number(x) or not 0.0 <= x <= 1.0:
         remedy = "Pass the fraction of the batch, e.g. 0.1."
         expected = "a number in [0, 1]"
-        raise ValueError(_checks.message(_WHO, argument, expected, repr(x), remedy))
+        raise _checks.value_error(_WHO, argument, expected, repr(x), remedy)
     return float(x)
 
 

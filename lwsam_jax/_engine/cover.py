@@ -40,10 +40,8 @@ def _tuple_of_names(who: str, argument: str, names: Any) -> tuple[str, ...]:
         remedy = (
             "Pass a tuple of layer names such as ('Dense_0',), or lwsam.Cover(...)."
         )
-        raise TypeError(
-            _checks.message(
-                who, argument, "a tuple of layer names", repr(names), remedy
-            )
+        raise _checks.type_error(
+            who, argument, "a tuple of layer names", repr(names), remedy
         )
     return tuple(names)
 
@@ -55,8 +53,8 @@ def static_selection(
     is_cover = isinstance(selection, Cover)
     if selection is None:
         remedy = "Pass a tuple of names, or lwsam.selection(opt_state)."
-        raise TypeError(
-            _checks.message(who, "selection", "a tuple of layer names", None, remedy)
+        raise _checks.type_error(
+            who, "selection", "a tuple of layer names", None, remedy
         )
     names = (
         selection.names if is_cover else _tuple_of_names(who, "selection", selection)

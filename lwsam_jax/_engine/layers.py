@@ -150,10 +150,8 @@ class Layers:
         if mask.shape != (len(self),):
             expected = f"bool[{len(self)}], one entry for each layer"
             remedy = "Pass the mask of the same parameter tree."
-            raise ValueError(
-                _checks.message(
-                    "Layers.selected", "mask", expected, f"shape {mask.shape}", remedy
-                )
+            raise _checks.value_error(
+                "Layers.selected", "mask", expected, f"shape {mask.shape}", remedy
             )
         return tuple(n for n, chosen in zip(self.names, mask, strict=True) if chosen)
 
@@ -163,10 +161,8 @@ class Layers:
         if treedef != self.treedef:
             _refuse_masked(who, tree)
             remedy = "Pass a tree of the structure that the layers were made from."
-            raise ValueError(
-                _checks.message(
-                    who, argument, f"structured as {self.treedef}", str(treedef), remedy
-                )
+            raise _checks.value_error(
+                who, argument, f"structured as {self.treedef}", str(treedef), remedy
             )
         return flat
 
@@ -175,8 +171,8 @@ class Layers:
         unknown = [name for name in names if name not in self.names]
         if unknown:
             remedy = f"The layers are: {', '.join(self.names)}."
-            raise ValueError(
-                _checks.message(who, "selection", "names of layers", unknown, remedy)
+            raise _checks.value_error(
+                who, "selection", "names of layers", unknown, remedy
             )
         return tuple(sorted({self.names.index(name) for name in names}))
 
@@ -195,8 +191,8 @@ def _refuse_non_arrays(paths: Sequence[tuple[Any, Any]]) -> None:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             got = f"{leaf!r} at {jax.tree_util.keystr(path)}"
             remedy = f"Take it out, to give it back inside the loss. {_FILTER}"
-            raise TypeError(
-                _checks.message("Layers.of", "params", "a tree of arrays", got, remedy)
+            raise _checks.type_error(
+                "Layers.of", "params", "a tree of arrays", got, remedy
             )
 
 
@@ -224,14 +220,8 @@ def _refuse_shared_names(labels: Sequence[str | None], paths: Sequence[Any]) -> 
         if label is not None and seen.setdefault(label, where) != where:
             got = f"{seen[label]} and {where}, which are both named {label!r}"
             remedy = "Rename one of them, or pass a rule that tells them apart."
-            raise ValueError(
-                _checks.message(
-                    "Layers.of",
-                    "params",
-                    "a tree whose layers differ in name",
-                    got,
-                    remedy,
-                )
+            raise _checks.value_error(
+                "Layers.of", "params", "a tree whose layers differ in name", got, remedy
             )
 
 
@@ -243,8 +233,6 @@ def _refuse_masked(who: str, tree: Any) -> None:
             "The perturbed loss needs every parameter: take layerwise_sam out of "
             "optax.masked, multi_transform or partition and choose layers with rule=."
         )
-        raise ValueError(
-            _checks.message(
-                who, "params", "the whole parameter tree", "MaskedNode", remedy
-            )
+        raise _checks.value_error(
+            who, "params", "the whole parameter tree", "MaskedNode", remedy
         )

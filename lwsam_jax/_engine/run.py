@@ -82,8 +82,8 @@ def _refuse_refs(eqns: Sequence[core.JaxprEqn]) -> None:
                 "Keep state in arrays that the loss takes and returns "
                 "(nnx.merge(..., copy=True) inside the loss)."
             )
-            raise ValueError(
-                _checks.message("value_and_grad", "loss_fn", expected, got, remedy)
+            raise _checks.value_error(
+                "value_and_grad", "loss_fn", expected, got, remedy
             )
 
 

@@ -117,7 +117,7 @@ def value_and_grad(
     if callable(rho) or callable(alpha):
         remedy = "Pass rho= and alpha= of the step: schedule(step)."
         expected, got = "a number or a traced scalar", "a schedule"
-        raise TypeError(_checks.message(_WHO, "rho", expected, got, remedy))
+        raise _checks.type_error(_WHO, "rho", expected, got, remedy)
     loss_fn = scalar_loss(_WHO, "loss_fn", loss_fn, has_aux)
 
     def gradient(
@@ -133,9 +133,7 @@ def value_and_grad(
         chosen, is_cover = static_selection(_WHO, selection, known)
         if mask is not None and not is_cover:
             remedy = "A tuple perturbs exactly its layers; pass lwsam.Cover(names)."
-            raise TypeError(
-                _checks.message(_WHO, "mask", "None for a tuple", "a mask", remedy)
-            )
+            raise _checks.type_error(_WHO, "mask", "None for a tuple", "a mask", remedy)
         check_mask(_WHO, mask, known)
         plain = not chosen or (_checks.is_number(rho) and rho == 0)
         plan = Plan(
@@ -154,14 +152,14 @@ def value_and_grad(
             remedy = "Use lwsam.TrainStep or lwsam.as_optax, which keep it."
             expected = "one whose parts keep no state"
             got = "one that does"
-            raise ValueError(_checks.message(_WHO, "method", expected, got, remedy))
+            raise _checks.value_error(_WHO, "method", expected, got, remedy)
         direction = None
         if method.is_stale and not plain:
             direction = _direction(method, params, key)
         elif ascent_args is None and not plain and method.ascent.cut is not None:
             remedy = "Pass ascent_args=, what the ascent sees in place of `args`."
             got = "left out, with an ascent on a part of the batch"
-            raise TypeError(_checks.message(_WHO, "ascent_args", "given", got, remedy))
+            raise _checks.type_error(_WHO, "ascent_args", "given", got, remedy)
         out, _ = _passes.evaluate(
             plan,
             memory,
@@ -195,25 +193,21 @@ def _layerwise(rho: Any, alpha: Any, normalize: str, rule: Any, layers: Any) -> 
 def _check_method(method: Any, normalize: str, alpha: Any) -> None:
     if not isinstance(method, Method):
         remedy = "Pass a lwsam.Method, such as lwsam.sam(0.05)."
-        raise TypeError(
-            _checks.message(_WHO, "method", "a Method", repr(method), remedy)
-        )
+        raise _checks.type_error(_WHO, "method", "a Method", repr(method), remedy)
     if normalize != "none":
         remedy = "Leave it out: the method has a shape."
-        raise ValueError(
-            _checks.message(_WHO, "normalize", "left out", repr(normalize), remedy)
+        raise _checks.value_error(
+            _WHO, "normalize", "left out", repr(normalize), remedy
         )
     if alpha is not None and method.combine.alpha is None:
         remedy = "Leave it out, or pass a method with combine=lwsam.mix(0.8)."
         expected = "None, for the method's `combine` has no weight"
-        raise ValueError(_checks.message(_WHO, "alpha", expected, alpha, remedy))
+        raise _checks.value_error(_WHO, "alpha", expected, alpha, remedy)
     for name in ("descent", "max_overhead", "mean_overhead"):
         if getattr(method, name) is not None:
             remedy = "Use lwsam.TrainStep."
             got = f"one with `{name}`"
-            raise ValueError(
-                _checks.message(_WHO, "method", "one without", got, remedy)
-            )
+            raise _checks.value_error(_WHO, "method", "one without", got, remedy)
 
 
 def _direction(method: Method, params: Any, key: jax.Array | None) -> Any:
@@ -223,10 +217,10 @@ def _direction(method: Method, params: Any, key: jax.Array | None) -> Any:
             "Use lwsam.TrainStep, lwsam.as_optax or lwsam.perturbed, which keep it."
         )
         expected, got = "an ascent that keeps no state", "one that does"
-        raise ValueError(_checks.message(_WHO, "method", expected, got, remedy))
+        raise _checks.value_error(_WHO, "method", expected, got, remedy)
     if key is None:
         remedy = "Pass key=, a PRNG key of the step."
-        raise TypeError(_checks.message(_WHO, "key", "a PRNG key", None, remedy))
+        raise _checks.type_error(_WHO, "key", "a PRNG key", None, remedy)
     return method.ascent.direction(kept, None, params, key)
 
 
@@ -238,8 +232,8 @@ def check_mask(who: str, mask: Any, layers: Layers) -> None:
     if dtype != jnp.bool_ or shape != (len(layers),):
         remedy = "Take the mask of a state that was made for these parameters."
         expected = f"bool[{len(layers)}], one for each layer"
-        raise ValueError(
-            _checks.message(who, "mask", expected, f"{dtype}{list(shape)}", remedy)
+        raise _checks.value_error(
+            who, "mask", expected, f"{dtype}{list(shape)}", remedy
         )
 
 
@@ -254,26 +248,22 @@ def scalar_loss(
         if has_aux and not (isinstance(output, tuple) and len(output) == 2):
             remedy = "Return (loss, aux), or pass has_aux=False."
             got = f"a {type(output).__name__}"
-            raise TypeError(
-                _checks.message(
-                    who, argument, "a function to (scalar, aux)", got, remedy
-                )
+            raise _checks.type_error(
+                who, argument, "a function to (scalar, aux)", got, remedy
             )
         value, aux = output if has_aux else (output, None)
         if isinstance(value, (tuple, list, dict)) or value is None:
             remedy = "Return a scalar; pass has_aux=True for (scalar, aux)."
             got = f"a {type(value).__name__}"
-            raise TypeError(
-                _checks.message(who, argument, "a function to a scalar", got, remedy)
+            raise _checks.type_error(
+                who, argument, "a function to a scalar", got, remedy
             )
         value = jnp.asarray(value)
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             got = f"{value.dtype}{list(value.shape)}"
             remedy = "Reduce it, for instance with jnp.mean, and take its real part."
-            raise TypeError(
-                _checks.message(
-                    who, argument, "a function to a real scalar", got, remedy
-                )
+            raise _checks.type_error(
+                who, argument, "a function to a real scalar", got, remedy
             )
         return value, aux
 
@@ -289,8 +279,6 @@ def refuse_integers(who: str, params: Any) -> None:
             remedy = (
                 "Take it out of params and pass it to the loss as another argument."
             )
-            raise TypeError(
-                _checks.message(
-                    who, "params", "of float or complex arrays", got, remedy
-                )
+            raise _checks.type_error(
+                who, "params", "of float or complex arrays", got, remedy
             )

@@ -51,7 +51,7 @@ class PerturbedState(NamedTuple):
     made_of: Static
 
 
-class Parts(NamedTuple):
+class MadeOf(NamedTuple):
     """What a state must know about how it was made; hashable."""
 
     layers: Layers
@@ -60,20 +60,20 @@ class Parts(NamedTuple):
     is_plain: bool
 
 
-def _is_whole(parts: Parts, leaf: Any) -> bool:
+def _is_whole(parts: MadeOf, leaf: Any) -> bool:
     """Whether a leaf is kept, for it could not be computed back without drift."""
     if parts.is_plain:
         return False
     return jnp.finfo(leaf.dtype).bits < 32 or not _is_undone(parts)
 
 
-def _is_undone(parts: Parts) -> bool:
+def _is_undone(parts: MadeOf) -> bool:
     """Whether direction and factors can be computed without the parameters."""
     moves = getattr(parts.ascent, "reads_params", True)
     return hasattr(parts.shape, "factors") and not moves
 
 
-def keep(parts: Parts, params: Any) -> Any:
+def keep(parts: MadeOf, params: Any) -> Any:
     """Returns the leaves that are kept, as a tree that holds these alone."""
     leaves, treedef = jax.tree.flatten(params)
     kept = [
@@ -83,7 +83,7 @@ def keep(parts: Parts, params: Any) -> Any:
     return jax.tree.unflatten(treedef, kept)
 
 
-def count_factors(parts: Parts, leaves: list[Any]) -> list[int]:
+def count_factors(parts: MadeOf, leaves: list[Any]) -> list[int]:
     """Returns how many factors each leaf has; one radius for any other shape."""
     if not hasattr(parts.shape, "factors"):
         return [1]
@@ -99,14 +99,14 @@ def count_factors(parts: Parts, leaves: list[Any]) -> list[int]:
     return [s.size for s in shapes]
 
 
-def _direction(parts: Parts, state: PerturbedState, params: Any) -> list[jax.Array]:
+def _direction(parts: MadeOf, state: PerturbedState, params: Any) -> list[jax.Array]:
     key = jax.random.fold_in(jax.random.key(state.seed), state.step_count)
     along = parts.ascent.direction(state.ascent, state.base, params, key)
     return parts.layers.flatten("ascent", "direction", along)
 
 
 def _perturbed_part(
-    parts: Parts, state: PerturbedState, along: list[jax.Array]
+    parts: MadeOf, state: PerturbedState, along: list[jax.Array]
 ) -> list[jax.Array]:
     """Returns a direction that is 0 where nothing is perturbed."""
     on = [state.mask[max(at, 0)] & (at >= 0) for at in parts.layers.leaf_layer]
@@ -114,7 +114,7 @@ def _perturbed_part(
 
 
 def perturb(
-    parts: Parts, state: PerturbedState, own: Any, radius: Any
+    parts: MadeOf, state: PerturbedState, own: Any, radius: Any
 ) -> tuple[Any, PerturbedState]:
     """Returns the perturbed parameters, and the state that remembers how."""
     dtype = state.factors.dtype
@@ -133,7 +133,7 @@ def perturb(
     return moved, state._replace(shape=shape_state)
 
 
-def _move_by_shape(parts: Parts, state: PerturbedState, own: Any) -> tuple[Any, Any]:
+def _move_by_shape(parts: MadeOf, state: PerturbedState, own: Any) -> tuple[Any, Any]:
     """Returns the parameters perturbed by a shape that is no factor, and its state."""
     plan = Plan(
         layers=parts.layers,
@@ -149,7 +149,7 @@ def _move_by_shape(parts: Parts, state: PerturbedState, own: Any) -> tuple[Any, 
     return moved, memory.shape
 
 
-def again(parts: Parts, state: PerturbedState, own: Any) -> Any:
+def perturb_again(parts: MadeOf, state: PerturbedState, own: Any) -> Any:
     """Returns the perturbed parameters of a state."""
     if parts.is_plain:
         return own
@@ -159,14 +159,12 @@ def again(parts: Parts, state: PerturbedState, own: Any) -> Any:
     if jax.tree.leaves(state.shape):
         remedy = "Keep the parameters that the loop held."
         expected, got = "one whose shape keeps no state", "another"
-        raise ValueError(
-            _checks.message("train_params", "opt_state", expected, got, remedy)
-        )
+        raise _checks.value_error("train_params", "opt_state", expected, got, remedy)
     return _move_by_shape(parts, state, own)[0]
 
 
 def _add(
-    parts: Parts,
+    parts: MadeOf,
     state: PerturbedState,
     params: Any,
     along: list[jax.Array],
@@ -187,7 +185,7 @@ def _add(
     return jax.tree.unflatten(treedef, moved)
 
 
-def unperturbed(parts: Parts, state: PerturbedState, params: Any) -> Any:
+def unperturbed(parts: MadeOf, state: PerturbedState, params: Any) -> Any:
     """Returns the unperturbed parameters of a state."""
     if parts.is_plain:
         return params

@@ -110,9 +110,7 @@ def _as_gradient(plan: Plan, params: Any, direction: Any) -> list[jax.Array]:
         if jnp.shape(x) != jnp.shape(w):
             remedy = "Return a direction with the shapes of the parameters."
             expected, got = f"of shape {jnp.shape(w)}", str(jnp.shape(x))
-            raise ValueError(
-                _checks.message("ascent", "direction", expected, got, remedy)
-            )
+            raise _checks.value_error("ascent", "direction", expected, got, remedy)
     return [jnp.conj(x) for x in along]
 
 
@@ -122,17 +120,17 @@ def _plain(
     (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
     value, grads = mean((value, grads), plan.axis_name)
     norms = plan.layers.norms(grads)
-    grads = between(plan.combine, plan.layers, grads, memory.combine)
+    grads = without_ascent(plan.combine, plan.layers, grads, memory.combine)
     return LayerwiseGrad(value, aux, grads, norms, value, value), memory
 
 
-def between(combine: Combine, layers: Layers, grads: Any, state: Any) -> Any:
+def without_ascent(combine: Combine, layers: Layers, grads: Any, state: Any) -> Any:
     """Returns the gradient of a step without an ascent."""
-    if combine.between is None or not state:  # a plain method remembers nothing
+    if combine.otherwise is None or not state:  # a plain method remembers nothing
         return grads
     leaves, treedef = jax.tree.flatten(grads)
     members = layers.member_leaves
-    found = combine.between(tuple(leaves[i] for i in members), state)
+    found = combine.otherwise(tuple(leaves[i] for i in members), state)
     for i, leaf in zip(members, found, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(treedef, leaves)
@@ -306,12 +304,12 @@ def _combined(
     for i, on, new, old in zip(places, active, found, below, strict=True):
         final[i] = _where(on, new, old)
     grads = jax.tree.unflatten(treedef, final)
-    if plan.mask is not None and (combine.between or combine.needs == "all"):
+    if plan.mask is not None and (combine.otherwise or combine.needs == "all"):
         # The mask may select nothing, and then this is a step without an ascent.
         ascended = jnp.any(plan.bits)
-        otherwise = between(combine, plan.layers, descent, memory.combine)
+        plain = without_ascent(combine, plan.layers, descent, memory.combine)
         pick = lambda new, old: jnp.where(ascended, new, old)
-        grads = jax.tree.map(pick, grads, otherwise)
+        grads = jax.tree.map(pick, grads, plain)
         state = jax.tree.map(pick, state, memory.combine)
     return grads, memory._replace(combine=state)
 

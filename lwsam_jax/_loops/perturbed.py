@@ -108,7 +108,7 @@ def perturbed(
             return _placeholder(params, base.init(params))
         layers = Layers.of(params, rule, allow_masked=True)
         inner = base.init(params)
-        parts = held.Parts(layers, ascent, shape, is_plain)
+        parts = held.MadeOf(layers, ascent, shape, is_plain)
         leaves = jax.tree.leaves(params)
         dtype = _tree.accumulation_dtype(*leaves)
         state = PerturbedState(
@@ -148,14 +148,14 @@ def perturbed(
     ) -> tuple[optax.Updates, PerturbedState]:
         if params is None:
             remedy = "Call tx.update(grads, opt_state, params)."
-            raise ValueError(_checks.message(_WHO, "params", "given", None, remedy))
+            raise _checks.value_error(_WHO, "params", "given", None, remedy)
         count = jnp.asarray(optax.safe_increment(state.step_count))
         if is_plain:
             found, inner = base.update(updates, state.base, params, **extra_args)
             return found, state._replace(step_count=count, base=inner)
         layers = Layers.of(params, rule, allow_masked=True)
         layers.flatten(_WHO, "updates", updates)
-        parts = held.Parts(layers, ascent, shape, is_plain)
+        parts = held.MadeOf(layers, ascent, shape, is_plain)
         own = held.unperturbed(parts, state, params)
         found, inner = base.update(updates, state.base, own, **extra_args)
         own = optax.apply_updates(own, found)
@@ -223,28 +223,26 @@ def train_params(opt_state: Any, params: Any) -> Any:
       ValueError: As `eval_params`; for a shape that keeps a state and is no factor for
         each leaf, where the perturbation cannot be computed again.
     """
-    return _for_each("train_params", held.again, opt_state, params)
+    return _for_each("train_params", held.perturb_again, opt_state, params)
 
 
 def _check(base: Any, ascent: Any, select: Any, k: Any) -> None:
     if not (hasattr(base, "init") and hasattr(base, "update")):
         remedy = "Pass an Optax optimizer such as optax.sgd(0.1, momentum=0.9)."
-        raise TypeError(
-            _checks.message(_WHO, "base", "an optimizer", repr(base), remedy)
-        )
+        raise _checks.type_error(_WHO, "base", "an optimizer", repr(base), remedy)
     if isinstance(_ascent.as_ascent(_WHO, ascent), _ascent.Part):
         remedy = (
             "Pass momentum(), previous() or random(), or use lwsam.TrainStep or "
             "lwsam.as_optax, which take a second gradient."
         )
         expected, got = "one without a gradient of its own", "one with a pass"
-        raise ValueError(_checks.message(_WHO, "ascent", expected, got, remedy))
+        raise _checks.value_error(_WHO, "ascent", expected, got, remedy)
     if k is not None:
         _checks.count_of_layers(_WHO, "k", k)
     if k is not None and select is not None:
         remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
         expected = "given if and only if `select` is not"
-        raise ValueError(_checks.message(_WHO, "k", expected, "both", remedy))
+        raise _checks.value_error(_WHO, "k", expected, "both", remedy)
 
 
 def _for_each(who: str, function: Any, opt_state: Any, params: Any) -> Any:
@@ -255,8 +253,8 @@ def _for_each(who: str, function: Any, opt_state: Any, params: Any) -> Any:
             "Pass the state of an optimizer that lwsam.perturbed made, or an "
             "nnx.Optimizer itself (its nnx.state lacks what says which layers)."
         )
-        raise ValueError(
-            _checks.message(who, "opt_state", "one of `perturbed`", "none", remedy)
+        raise _checks.value_error(
+            who, "opt_state", "one of `perturbed`", "none", remedy
         )
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     final = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
@@ -273,7 +271,7 @@ def _for_each(who: str, function: Any, opt_state: Any, params: Any) -> Any:
             remedy = "Pass the parameters that this state was made for."
             got = "of others" if not seen & set(own) else "two of one leaf"
             expected = "a state of these parameters"
-            raise ValueError(_checks.message(who, "opt_state", expected, got, remedy))
+            raise _checks.value_error(who, "opt_state", expected, got, remedy)
         seen |= set(own)
         part = jax.tree.unflatten(parts.layers.treedef, [final[k] for k in own])
         moved = function(parts, _bare(node), part)

@@ -65,6 +65,4 @@ def at_least_one(who: str, batches: Iterable[Any]) -> Iterable[Any]:
         yield batch
     if first:
         remedy = "Pass some batches of the training data."
-        raise ValueError(
-            _checks.message(who, "batches", "at least one", "none", remedy)
-        )
+        raise _checks.value_error(who, "batches", "at least one", "none", remedy)

@@ -104,7 +104,7 @@ def only(kind: type, who: str, state: Any, what: str) -> Any:
             "nnx.Optimizer itself (its nnx.state lacks what says which layers)."
         )
         expected, got = f"a state of one {what}", f"{len(found)} of them"
-        raise ValueError(_checks.message(who, "state", expected, got, remedy))
+        raise _checks.value_error(who, "state", expected, got, remedy)
     return found[0]
 
 
@@ -117,7 +117,7 @@ def _only_state(who: str, state: Any) -> MethodState:
             "behind layerwise_sam in the chain, or accumulate in the loss."
         )
         expected, got = "outside of optax.MultiSteps", "inside one"
-        raise ValueError(_checks.message(who, "state", expected, got, remedy))
+        raise _checks.value_error(who, "state", expected, got, remedy)
     return only(MethodState, who, state, "layerwise_sam")
 
 
@@ -179,15 +179,11 @@ def selection(state: Any, cover: str | None = None) -> tuple[str, ...] | Cover:
         remedy = (
             "Call it between the steps, outside jit, and pass the result as static."
         )
-        raise TypeError(
-            _checks.message(who, "state", "concrete", "a traced one", remedy)
-        )
+        raise _checks.type_error(who, "state", "concrete", "a traced one", remedy)
     if layers is None:
         remedy = "Take the state of tx.init(params) or tx.update(...)."
-        raise ValueError(
-            _checks.message(
-                who, "state", "one with layers", "one of placeholders", remedy
-            )
+        raise _checks.value_error(
+            who, "state", "one with layers", "one of placeholders", remedy
         )
     mask = read_mask(mask)
     if mask.ndim > 1:
@@ -203,9 +199,7 @@ def _one_of_equals(who: str, masks: np.ndarray) -> np.ndarray:
             "leave the selection to the traced mask (selection=None)."
         )
         got = f"{len(masks)} different ones (a vmapped ensemble?)"
-        raise ValueError(
-            _checks.message(who, "state", "one mask for all devices", got, remedy)
-        )
+        raise _checks.value_error(who, "state", "one mask for all devices", got, remedy)
     return masks[0]
 
 

@@ -86,7 +86,7 @@ def as_optax(method: Method) -> optax.GradientTransformationExtraArgs:
         del extra_args
         if params is None:
             remedy = "Call tx.update(grads, opt_state, params, grad_fn=jax.grad(loss))."
-            raise ValueError(_checks.message(_WHO, "params", "given", None, remedy))
+            raise _checks.value_error(_WHO, "params", "given", None, remedy)
         params = _fast(params)
         known = method.layers_of(params)
         known.flatten(_WHO, "updates", updates)
@@ -144,16 +144,12 @@ def _check(method: Any) -> None:
     who = "as_optax"
     if not isinstance(method, Method):
         remedy = "Pass a lwsam.Method, such as lwsam.sam(0.05)."
-        raise TypeError(
-            _checks.message(who, "method", "a Method", repr(method), remedy)
-        )
+        raise _checks.type_error(who, "method", "a Method", repr(method), remedy)
     for name in ("max_overhead", "mean_overhead", "descent"):
         if getattr(method, name) is not None:
             remedy = "Use lwsam.TrainStep, which chooses what each step runs."
             got = repr(getattr(method, name))
-            raise ValueError(
-                _checks.message(who, f"method.{name}", "None", got, remedy)
-            )
+            raise _checks.value_error(who, f"method.{name}", "None", got, remedy)
 
 
 def _placeholder_state(method: Method, params: Any) -> MethodState:
@@ -180,8 +176,8 @@ def _check_shapes(argument: str, grads: Any, params: Any) -> None:
             where = jax.tree_util.keystr(path)
             expected = f"of shape {jnp.shape(w)} at {where}, as `params`"
             remedy = "Pass the gradients of these parameters."
-            raise ValueError(
-                _checks.message(_WHO, argument, expected, str(jnp.shape(g)), remedy)
+            raise _checks.value_error(
+                _WHO, argument, expected, str(jnp.shape(g)), remedy
             )
 
 
@@ -198,16 +194,14 @@ def _sources(
         if function is not None:
             _checks.is_callable(_WHO, name, function, remedy)
     if grad_fn is not None and value_fn is not None:
-        raise ValueError(
-            _checks.message(_WHO, "grad_fn", "given, or else `value_fn`", "both", _ONE)
+        raise _checks.value_error(
+            _WHO, "grad_fn", "given, or else `value_fn`", "both", _ONE
         )
     if ascent_value_fn is not None and value_fn is None:
         remedy = "Pass value_fn= beside it: the loss on the whole batch."
         expected = "left out, or given with `value_fn`"
         got = "given without it"
-        raise ValueError(
-            _checks.message(_WHO, "ascent_value_fn", expected, got, remedy)
-        )
+        raise _checks.value_error(_WHO, "ascent_value_fn", expected, got, remedy)
     losses = [
         f and scalar_loss(_WHO, name, _of_params(name, f), has_aux=False)
         for name, f in (("value_fn", value_fn), ("ascent_value_fn", ascent_value_fn))
@@ -236,9 +230,7 @@ def _of_params(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
             )
             expected = "a function of the parameters, an nnx.State"
             got = f"one that fails on it ({type(error).__name__}: {error})"
-            raise TypeError(
-                _checks.message(_WHO, name, expected, got, remedy)
-            ) from error
+            raise _checks.type_error(_WHO, name, expected, got, remedy) from error
         return output[0] if isinstance(output, tuple) and len(output) == 2 else output
 
     return value
@@ -260,13 +252,13 @@ def _gradient(
         if sources.value_fn is not None:
             value = mean(sources.value_fn(params)[0], plan.axis_name)
         norms = plan.layers.norms(updates)
-        grads = _passes.between(
+        grads = _passes.without_ascent(
             plan.combine, plan.layers, updates, state.memory.combine
         )
         return grads, norms, value, state.memory
     if sources.value_fn is None and sources.grad_fn is None:
         expected, got = "given, or else `value_fn`", "neither"
-        raise ValueError(_checks.message(_WHO, "grad_fn", expected, got, _ONE))
+        raise _checks.value_error(_WHO, "grad_fn", expected, got, _ONE)
     direction = None
     if method.is_stale and plan.chosen:
         key = jax.random.fold_in(jax.random.key(method.seed), state.step_count)
@@ -279,9 +271,7 @@ def _gradient(
     ):
         remedy = "Pass value_fn=loss on the batch and ascent_value_fn=loss on a part."
         expected = "given, for the ascent sees a part of the batch"
-        raise ValueError(
-            _checks.message(_WHO, "ascent_value_fn", expected, "None", remedy)
-        )
+        raise _checks.value_error(_WHO, "ascent_value_fn", expected, "None", remedy)
     if sources.grad_fn is not None:
         return _from_grad_fn(plan, state, sources.grad_fn, updates, params, direction)
     ascent, loss = sources.ascent_value_fn, sources.value_fn

@@ -43,9 +43,7 @@ def esam(rho: Any, keep: float = 0.6, samples: float = 0.5, **parts: Any) -> Met
     """
     if not _checks.is_number(keep) or not 0 < keep <= 1:
         remedy = "0.6 is the authors' value."
-        raise ValueError(
-            _checks.message("esam", "keep", "in (0, 1]", repr(keep), remedy)
-        )
+        raise _checks.value_error("esam", "keep", "in (0, 1]", repr(keep), remedy)
 
     def some(norms: jax.Array, key: jax.Array) -> jax.Array:
         return jax.random.uniform(key, norms.shape) < keep

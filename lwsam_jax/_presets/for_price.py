@@ -72,14 +72,10 @@ def for_price(
     """
     if not _checks.is_number(price) or not price >= 1:
         remedy = "1.1 allows for 1.1 plain gradients a step."
-        raise ValueError(
-            _checks.message(_WHO, "price", "a number >= 1", repr(price), remedy)
-        )
+        raise _checks.value_error(_WHO, "price", "a number >= 1", repr(price), remedy)
     if cost.examples is None:
         remedy = "Pass step_cost(loss, params, batch) with the batch as an argument."
-        raise ValueError(
-            _checks.message(_WHO, "cost", "one of a batch", "one of none", remedy)
-        )
+        raise _checks.value_error(_WHO, "cost", "one of a batch", "one of none", remedy)
     axes, spent, why = _choose(float(price), cost, total_steps)
     start = 0.1 if "ascent" not in axes else 0.05
     own: dict[str, Any] = dict(

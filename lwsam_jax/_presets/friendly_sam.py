@@ -80,8 +80,8 @@ def friendly_sam(
     _checks.non_negative("friendly_sam", "sigma", sigma, "1.0 is the authors' value.")
     if not _checks.is_number(decay) or not 0 <= decay <= 1:
         remedy = "0.9 is the authors' value."
-        raise ValueError(
-            _checks.message("friendly_sam", "decay", "in [0, 1]", repr(decay), remedy)
+        raise _checks.value_error(
+            "friendly_sam", "decay", "in [0, 1]", repr(decay), remedy
         )
     return preset(
         parts,

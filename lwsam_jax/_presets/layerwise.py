@@ -70,7 +70,7 @@ def LayerwiseSAM(
         got = "neither" if k is None else "both"
         remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
         expected = "given if and only if `select` is not"
-        raise ValueError(_checks.message(_WHO, "k", expected, got, remedy))
+        raise _checks.value_error(_WHO, "k", expected, got, remedy)
     if k is not None:
         _checks.count_of_layers(_WHO, "k", k)
     _checks.alpha(_WHO, alpha)

@@ -36,10 +36,8 @@ class Devices:
             self.axis_name, self.count = _PMAP_AXIS, jax.local_device_count()
         elif parallel is not None:
             remedy = "Pass None, 'pmap', or a jax.sharding.Mesh."
-            raise ValueError(
-                _checks.message(
-                    who, "parallel", "a way to spread", repr(parallel), remedy
-                )
+            raise _checks.value_error(
+                who, "parallel", "a way to spread", repr(parallel), remedy
             )
 
     def axis_sizes(self) -> list[tuple[Any, int]]:
@@ -56,8 +54,8 @@ class Devices:
         if x.shape[lead] % self.count:
             remedy = "Pad the batch, drop its remainder, or use fewer devices."
             expected = f"divisible by the {self.count} devices in axis {lead}"
-            raise ValueError(
-                _checks.message(self._who, "batch", expected, str(x.shape), remedy)
+            raise _checks.value_error(
+                self._who, "batch", expected, str(x.shape), remedy
             )
         shape = (*x.shape[:lead], x.shape[lead] // self.count, *x.shape[lead + 1 :])
         return jax.ShapeDtypeStruct(shape, x.dtype)

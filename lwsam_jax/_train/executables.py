@@ -201,4 +201,4 @@ def check_most(who: str, most: Any) -> None:
     remedy = "Pass how many executables there may be; the plain step is one of them."
     _checks.count(who, "max_executables", most, remedy)
     if most < 2:
-        raise ValueError(_checks.message(who, "max_executables", ">= 2", most, remedy))
+        raise _checks.value_error(who, "max_executables", ">= 2", most, remedy)

@@ -285,17 +285,15 @@ class TrainStep:
         leaves = [state.step, *jax.tree.leaves(batch)]
         if any(isinstance(x, Tracer) for x in leaves):
             remedy = "It jits itself, and chooses its executable by the state's mask."
-            raise TypeError(
-                _checks.message(
-                    WHO, "state", "concrete", "a tracer (under jit)", remedy
-                )
+            raise _checks.type_error(
+                WHO, "state", "concrete", "a tracer (under jit)", remedy
             )
         if getattr(state.step, "is_deleted", bool)():
             remedy = (
                 "Use the state that the step returned, or pass TrainStep(donate=False)."
             )
             got = "one that was donated to a step before"
-            raise ValueError(_checks.message(WHO, "state", "a live one", got, remedy))
+            raise _checks.value_error(WHO, "state", "a live one", got, remedy)
         if self._executables is None:
             self._study(state.params, state.model_state, batch, state.key)
 

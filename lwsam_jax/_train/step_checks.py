@@ -20,10 +20,8 @@ def one_of_many(x: Any) -> jax.ShapeDtypeStruct:
     """Returns what a step sees of an array that has an axis of steps in front."""
     if not getattr(x, "ndim", 0):
         remedy = "Stack the batches: every array, scalars too, has the steps first."
-        raise ValueError(
-            _checks.message(
-                f"{WHO}.scan", "batches", "arrays with an axis of steps", x, remedy
-            )
+        raise _checks.value_error(
+            f"{WHO}.scan", "batches", "arrays with an axis of steps", x, remedy
         )
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
@@ -34,18 +32,16 @@ def arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:
     _checks.is_callable(WHO, "loss_fn", loss_fn, remedy)
     if not (hasattr(base_optimizer, "init") and hasattr(base_optimizer, "update")):
         remedy = "Pass an Optax transformation such as optax.sgd(0.1)."
-        raise TypeError(
-            _checks.message(
-                WHO, "base_optimizer", "a transformation", base_optimizer, remedy
-            )
+        raise _checks.type_error(
+            WHO, "base_optimizer", "a transformation", base_optimizer, remedy
         )
     if not isinstance(method, Method):
         remedy = "Pass a lwsam.Method: lwsam.LayerwiseSAM(k=4, ...), lwsam.sam(0.05)."
-        raise TypeError(_checks.message(WHO, "method", "a Method", method, remedy))
+        raise _checks.type_error(WHO, "method", "a Method", method, remedy)
     if method.axis_name is not None:
         remedy = "Leave it out: TrainStep names the axis after `parallel`."
-        raise ValueError(
-            _checks.message(WHO, "method.axis_name", "None", method.axis_name, remedy)
+        raise _checks.value_error(
+            WHO, "method.axis_name", "None", method.axis_name, remedy
         )
 
 
@@ -57,12 +53,12 @@ def loss(loss_fn: Any, args: tuple[Any, ...], axes: Any) -> None:
         remedy = "Return loss, (model_state, metrics); {} where there is nothing."
         expected = "a function to (loss, (model_state, metrics))"
         got = str(jax.tree.structure(output))
-        raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
+        raise _checks.type_error(WHO, "loss_fn", expected, got, remedy)
     value, (model_state, _) = output
     if getattr(value, "shape", None) != ():
         remedy = "Reduce the loss, for instance with jnp.mean."
         expected, got = "a function to a scalar loss", f"one to {value}"
-        raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
+        raise _checks.type_error(WHO, "loss_fn", expected, got, remedy)
     given, returned = _kinds(args[1]), _kinds(model_state)
     structures = jax.tree.structure(args[1]), jax.tree.structure(model_state)
     if given != returned or structures[0] != structures[1]:
@@ -71,7 +67,7 @@ def loss(loss_fn: Any, args: tuple[Any, ...], axes: Any) -> None:
             given, returned = map(str, structures)
         expected = f"a function that returns a model state of {given}"
         got = f"one of {returned}"
-        raise TypeError(_checks.message(WHO, "loss_fn", expected, got, remedy))
+        raise _checks.type_error(WHO, "loss_fn", expected, got, remedy)
 
 
 def _kinds(tree: Any) -> str:
@@ -92,9 +88,7 @@ def optimizer_state(opt_state: Any) -> None:
         if _state.find(kind, opt_state):
             remedy = "Pass the bare base optimizer; TrainStep does the rest."
             got = f"one with a {name} in it"
-            raise ValueError(
-                _checks.message(WHO, "base_optimizer", "without one", got, remedy)
-            )
+            raise _checks.value_error(WHO, "base_optimizer", "without one", got, remedy)
 
 
 def hyperparams(state: Any, method: Method) -> dict[str, jax.Array]:
@@ -107,14 +101,10 @@ def hyperparams(state: Any, method: Method) -> dict[str, jax.Array]:
             "another number to the method to set it later."
         )
         expected, got = f"a dict of {sorted(own)}", f"{sorted(given)}"
-        raise ValueError(
-            _checks.message(WHO, "state.hyperparams", expected, got, remedy)
-        )
+        raise _checks.value_error(WHO, "state.hyperparams", expected, got, remedy)
     for name, x in given.items():
         if jnp.shape(x) != ():
             remedy = "Set a number or a scalar array."
             where = f"state.hyperparams[{name!r}]"
-            raise ValueError(
-                _checks.message(WHO, where, "a scalar", str(jnp.shape(x)), remedy)
-            )
+            raise _checks.value_error(WHO, where, "a scalar", str(jnp.shape(x)), remedy)
     return {name: jnp.array(given[name], x.dtype) for name, x in own.items()}
