@@ -294,7 +294,9 @@ class _Random(Stale):
         draw = lambda i, x: jax.random.normal(
             jax.random.fold_in(key, i), jnp.shape(x), _tree.wide(x).dtype
         )
-        return jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
+        noise = [draw(i, x) for i, x in enumerate(leaves)]
+        # Else XLA draws it once for the norm and once more for the sum.
+        return jax.tree.unflatten(treedef, jax.lax.optimization_barrier(noise))
 
 
 def random() -> Stale:
