@@ -294,9 +294,7 @@ class _Random(Stale):
         draw = lambda i, x: jax.random.normal(
             jax.random.fold_in(key, i), jnp.shape(x), _tree.wide(x).dtype
         )
-        noise = [draw(i, x) for i, x in enumerate(leaves)]
-        # Else XLA draws it once for the norm and once more for the sum.
-        return jax.tree.unflatten(treedef, jax.lax.optimization_barrier(noise))
+        return jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
 
 
 def random() -> Stale:
