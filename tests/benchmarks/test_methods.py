@@ -82,11 +82,11 @@ def test_looksam_ascends_now_and_then_and_keeps_a_direction():
     method = configure("looksam", "--every", 2, "--reuse", 0.5)
     assert [chosen(method, step) for step in range(4)] == ["wxyz", "", "wxyz", ""]
     one, other = jnp.array([2.0, 0.0]), jnp.array([0.0, 3.0])
-    (between,) = method.combine.between((one,), (other,))
-    np.testing.assert_allclose(between, [2.0, 0.5 * 2.0])
+    (found,) = method.combine.otherwise((one,), (other,))
+    np.testing.assert_allclose(found, [2.0, 0.5 * 2.0])
     always = configure("looksam", "--every", 1)
     assert [chosen(always, step) for step in range(2)] == ["wxyz", "wxyz"]
-    assert configure("sam").combine.between is None
+    assert configure("sam").combine.otherwise is None
 
 
 def test_normalization_layers_alone():
