@@ -32,7 +32,7 @@ class PerturbedState(NamedTuple):
       factors: f32[n], what each direction was multiplied by, 0 where nothing was added;
         for a shape that is no factor for each leaf or filter, the radius.
       kept: The unperturbed parameters that are not computed back: all for such a shape,
-        else those below float32. The others are `optax.MaskedNode`s.
+        else those below float32, with `optax.MaskedNode`s for the others; () if none is.
       seed: int32[], of what is drawn at random.
       mask: bool[L], layers that are perturbed.
       hyperparams: `rho`, which a loop may set; it holds from the next update on.
@@ -74,12 +74,14 @@ def _is_undone(parts: MadeOf) -> bool:
 
 
 def keep(parts: MadeOf, params: Any) -> Any:
-    """Returns the leaves that are kept, as a tree that holds these alone."""
+    """Returns the leaves that are kept, as a tree that holds these alone; () if none."""
     leaves, treedef = jax.tree.flatten(params)
     kept = [
         x if at >= 0 and _is_whole(parts, x) else optax.MaskedNode()
         for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
     ]
+    if all(isinstance(x, optax.MaskedNode) for x in kept):
+        return ()  # the Variables of older NNX hold no placeholder
     return jax.tree.unflatten(treedef, kept)
 
 
