@@ -18,17 +18,17 @@ from ._loops.refresh import refresh
 from ._loops.state import MethodState, selection, value
 from ._loops.transform import as_optax
 from ._method import Method
-from ._presets.asam import asam
-from ._presets.esam import esam
+from ._presets.ascent.momentum_sam import momentum_sam
+from ._presets.combine.generalized_sam import generalized_sam
+from ._presets.combine.gsam import gsam
 from ._presets.for_price import for_price, Priced
-from ._presets.friendly_sam import friendly_sam
-from ._presets.generalized_sam import generalized_sam
-from ._presets.gsam import gsam
-from ._presets.layerwise import layerwise_sam, LayerwiseSAM
-from ._presets.looksam import looksam
-from ._presets.momentum_sam import momentum_sam
 from ._presets.sam import sam
-from ._presets.sam_on import sam_on
+from ._presets.samples.esam import esam
+from ._presets.shape.asam import asam
+from ._presets.shape.friendly_sam import friendly_sam
+from ._presets.when.looksam import looksam
+from ._presets.which.layerwise import layerwise_sam, LayerwiseSAM
+from ._presets.which.sam_on import sam_on
 from ._train.one_step import StepInfo, TrainState
 from ._train.step import TrainStep
 from ._version import __version__

@@ -148,8 +148,8 @@ def _at(floors: tuple[tuple[str, ...], ...], name: str) -> int | None:
 def _floor(name: str) -> tuple[int, int] | None:
     """The floor in the house and that in the folder; None if the module has none."""
     folder, _, inside = name.rpartition(".")
-    house = _at(HOUSE, folder or name)
-    if folder == "_presets":
+    house = _at(HOUSE, name.partition(".")[0])
+    if name.startswith("_presets."):
         within = 0 if inside in ("__init__", "preset") else 1
     else:
         within = _at(FOLDERS[folder], inside) if folder in FOLDERS else 0
@@ -179,7 +179,8 @@ def test_every_floor_has_its_module():
     for folder, floors in FOLDERS.items():
         named |= {f"{folder}.{name}" for floor in floors for name in floor}
     assert named <= NAMES
-    folders = {path.parent.name for path in MODULES if path.parent != PACKAGE}
+    folders = {_name(path).partition(".")[0] for path in MODULES}
+    folders = {name for name in folders if _is_folder(name)}
     assert folders == {name for floor in HOUSE for name in floor if _is_folder(name)}
 
 
@@ -212,8 +213,11 @@ def test_no_file_is_long(path):
 
 def test_a_preset_is_known_to_the_exports_alone():
     """So a new one is one file and a line in `__init__`."""
-    shared = {"_presets.__init__", "_presets.preset"}
-    presets = {name for name in NAMES if name.startswith("_presets.")} - shared
+    presets = {
+        name
+        for name in NAMES
+        if name.startswith("_presets.") and not name.endswith((".__init__", ".preset"))
+    }
     exported = set()
     for path in MODULES:
         read = {m for found in _module_imports(path) for m in found.modules} & presets

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._axes import shape, which
-from .._engine.rules import leaves
-from .._method import Method
-from .preset import preset
+from ..._axes import shape, which
+from ..._engine.rules import leaves
+from ..._method import Method
+from ..preset import preset
 
 
 def asam(rho: Any, eta: float = 0.01, **parts: Any) -> Method:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._axes import combine, shape, when, which
-from .._engine.rules import leaves
-from .._method import Method
-from .preset import preset
+from ..._axes import combine, shape, when, which
+from ..._engine.rules import leaves
+from ..._method import Method
+from ..preset import preset
 
 
 def looksam(rho: Any, period: int = 5, weight: float = 0.7, **parts: Any) -> Method:

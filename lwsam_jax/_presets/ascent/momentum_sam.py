@@ -6,8 +6,8 @@ from typing import Any
 
 import optax
 
-from .._axes import shape as _shape, which
-from .._loops.perturbed import perturbed
+from ..._axes import shape as _shape, which
+from ..._loops.perturbed import perturbed
 
 
 def momentum_sam(

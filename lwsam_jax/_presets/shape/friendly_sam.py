@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _tree
-from .._axes import shape, which
-from .._engine.rules import leaves
-from .._method import Method
-from .preset import preset
+from ... import _checks, _tree
+from ..._axes import shape, which
+from ..._engine.rules import leaves
+from ..._method import Method
+from ..preset import preset
 
 
 class _Average(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import optax
 
-from .. import _checks
-from .._axes import combine as _combine, shape as _shape, when as _when, which
-from .._engine.layers import Layers, Rule
-from .._loops.transform import as_optax
-from .._method import Method
+from ... import _checks
+from ..._axes import combine as _combine, shape as _shape, when as _when, which
+from ..._engine.layers import Layers, Rule
+from ..._loops.transform import as_optax
+from ..._method import Method
 
 
 _WHO = "lwsam"

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import optax
 
-from .. import _checks
-from .._axes import descent, shape, which
-from .._engine.rules import leaves
-from .._method import Method
-from .preset import preset
+from ... import _checks
+from ..._axes import descent, shape, which
+from ..._engine.rules import leaves
+from ..._method import Method
+from ..preset import preset
 
 
 def esam(rho: Any, keep: float = 0.6, samples: float = 0.5, **parts: Any) -> Method:

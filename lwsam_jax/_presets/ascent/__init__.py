@@ -1,0 +1,1 @@
+"""Methods about FROM WHAT the perturbation comes."""

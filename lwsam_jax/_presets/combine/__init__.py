@@ -1,0 +1,1 @@
+"""Methods about WHAT both gradients become for the base optimizer."""

@@ -1,0 +1,1 @@
+"""Methods about HOW the perturbation is formed from its direction."""

@@ -1,0 +1,1 @@
+"""Methods about WHEN an ascent is taken."""

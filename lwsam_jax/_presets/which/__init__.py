@@ -1,0 +1,1 @@
+"""Methods about WHICH layers are perturbed."""
