@@ -42,7 +42,7 @@ FOLDERS = {
         ("cost",),
     ),
     "_axes": (
-        ("__init__", "moments", "shape", "when", "which"),
+        ("__init__", "moments", "noise", "shape", "when", "which"),
         ("ascent", "combine"),
         ("descent",),
     ),
