@@ -1,10 +1,19 @@
 """Perturbed training for JAX: layer-wise SAM (Lee, KDD 2024) and its whole family."""
 
 from ._axes.ascent import micro_batch, momentum, previous, random, Stale, whole_batch
-from ._axes.combine import Combine, descend, mix, reuse, surrogate_gap
+from ._axes.combine import (
+    Combine,
+    decoupled,
+    descend,
+    match_norm,
+    mix,
+    reuse,
+    surrogate_gap,
+)
 from ._axes.descent import sharpest
 from ._axes.shape import adaptive, normalized, raw, relative
-from ._axes.when import always, between, every, last
+from ._axes.sparse import ElementMask, fisher_mask, set_mask, sparse
+from ._axes.when import always, between, every, Gate, last, unusual
 from ._axes.which import bottom_k, everything, named, nothing, random_k, top_k
 from ._engine.cost import step_cost, StepCost
 from ._engine.cover import Cover
@@ -18,17 +27,25 @@ from ._loops.refresh import refresh
 from ._loops.state import MethodState, selection, value
 from ._loops.transform import as_optax
 from ._method import Method
+from ._presets.ascent.async_sam import async_sam
 from ._presets.ascent.momentum_sam import momentum_sam
 from ._presets.combine.generalized_sam import generalized_sam
 from ._presets.combine.gsam import gsam
+from ._presets.combine.stable_sam import stable_sam
+from ._presets.combine.wsam import wsam
 from ._presets.for_price import for_price, Priced
 from ._presets.sam import sam
 from ._presets.samples.esam import esam
 from ._presets.shape.asam import asam
 from ._presets.shape.friendly_sam import friendly_sam
+from ._presets.shape.gcsam import gcsam
+from ._presets.shape.lightsam import light_scale, lightsam
+from ._presets.shape.mup_perturbation import mup_perturbation
+from ._presets.when.ae_sam import ae_sam
 from ._presets.when.looksam import looksam
 from ._presets.which.layerwise import layerwise_sam, LayerwiseSAM
 from ._presets.which.sam_on import sam_on
+from ._presets.which.sparse_sam import sparse_sam
 from ._train.one_step import StepInfo, TrainState
 from ._train.step import TrainStep
 from ._version import __version__
@@ -98,4 +115,21 @@ __all__ = [
     "value_and_grad",
     "weights",
     "whole_batch",
+    "async_sam",
+    "stable_sam",
+    "wsam",
+    "gcsam",
+    "light_scale",
+    "lightsam",
+    "mup_perturbation",
+    "decoupled",
+    "match_norm",
+    "ElementMask",
+    "fisher_mask",
+    "set_mask",
+    "sparse",
+    "sparse_sam",
+    "Gate",
+    "unusual",
+    "ae_sam",
 ]

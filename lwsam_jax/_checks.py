@@ -93,6 +93,12 @@ def budget(who: str, argument: str, x: Any) -> None:
     non_negative(who, argument, x, remedy)
 
 
+def share(who: str, argument: str, x: Any, remedy: str) -> None:
+    """Raises unless `x` is a number in [0, 1]."""
+    if not is_number(x) or not 0 <= x <= 1:
+        raise value_error(who, argument, "a number in [0, 1]", repr(x), remedy)
+
+
 def choice(who: str, argument: str, value: Any, choices: Sequence[str]) -> None:
     """Raises unless `value` is one of `choices`."""
     if value not in choices:

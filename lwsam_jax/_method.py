@@ -47,7 +47,8 @@ class Method:
         `reuse(weight)`, or a function `(ascent, descent) -> gradient`.
       when: WHEN, a predicate of the step count: `always()`, `every(n)`,
         `last(fraction, total_steps)`, `between(a, b)`, or a function; the other steps
-        are plain, but for what `reuse` does in them.
+        are plain, but for what `reuse` does in them. Or a `Gate`, such as `unusual`,
+        which decides within the step.
       descent: Which examples the descent gradient sees: None, all of them, or
         `sharpest(fraction)`. `TrainStep` only.
       rule: What a layer is; `lwsam.weights` by default.
@@ -95,8 +96,9 @@ class Method:
         _checks.rho(_WHO, self.rho)
         _shape.check(_WHO, self.shape)
         object.__setattr__(self, "shape", optax.with_extra_args_support(self.shape))
-        remedy = "Pass lwsam.every(2), or a function of the step count."
-        _checks.is_callable(_WHO, "when", self.when, remedy)
+        if self.gate is None:
+            remedy = "Pass lwsam.every(2), or a function of the step count."
+            _checks.is_callable(_WHO, "when", self.when, remedy)
         if self.rule is not None:
             remedy = "Pass lwsam.weights, lwsam.modules, lwsam.leaves, or a function."
             _checks.is_callable(_WHO, "rule", self.rule, remedy)
@@ -117,6 +119,8 @@ class Method:
         self.combine.refuse(_WHO, self)
         if self.descent is not None:
             self.descent.refuse(_WHO, self)
+        if self.gate is not None:
+            self.gate.refuse(_WHO, self)
 
     @property
     def is_plain(self) -> bool:
@@ -128,6 +132,11 @@ class Method:
     def is_stale(self) -> bool:
         """Whether the direction is known before a step, which then takes no ascent."""
         return not isinstance(self.ascent, _ascent.Part)
+
+    @property
+    def gate(self) -> _when.Gate | None:
+        """What decides within a step whether it perturbs, or None."""
+        return self.when if isinstance(self.when, _when.Gate) else None
 
     def hyperparams(self, dtype: Any) -> dict[str, jax.Array]:
         """Returns what a loop may set, as arrays of a dtype: numbers, schedules at 0.
@@ -177,6 +186,8 @@ class Method:
         """
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         mask = which.choose(self.select, norms, key, layers, eligible)
+        if self.gate is not None:
+            return mask
         now = jnp.asarray(self.when(step))
         if now.shape != ():
             remedy = "Return one bool, such as step % 2 == 0."

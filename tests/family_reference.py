@@ -31,13 +31,16 @@ class Move(NamedTuple):
       descent: ghat, the gradient at w + epsilon.
       memory: What the method keeps for the next step: the g_v of LookSAM, the moving
         average of Friendly SAM. GSAM leaves its g_perp here.
+      late: What the parameters lose after the base optimizer's step, times the learning
+        rate; None for nothing.
     """
 
     update: Leaves
     epsilon: Leaves
     ascent: Leaves
     descent: Leaves
-    memory: Leaves
+    memory: Any
+    late: Leaves | None = None
 
 
 class Step(NamedTuple):
@@ -67,6 +70,8 @@ def trajectory(
         move = rule(number, params, steps[-1] if steps else None, batch)
         velocity = added(move.update, momentum, velocity)
         params = added(params, -learning_rate, velocity)
+        if move.late is not None:
+            params = added(params, -learning_rate, move.late)
         steps.append(Step(params, velocity, move))
     return steps
 

@@ -3,6 +3,7 @@
 `make test-slow` walks the whole product of them.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -52,6 +53,23 @@ def half_of_each(ascent, descent):
     return tuple(0.5 * (d + length * a) for a, d in pairs)
 
 
+def elements():
+    """A mask that stays through the walk."""
+    return lwsam.sparse(0.5, seed=SEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(lwsam.Gate):
+    """Open in the steps of the walk's list."""
+
+    def init(self, dtype):
+        return ()
+
+    def decide(self, kept, square_norm, step):
+        is_open = jnp.asarray(walk.WHEN["gate"])[step]
+        return is_open & (square_norm > 0), kept
+
+
 WHICH = {
     "everything": lwsam.everything,
     "top_k": lambda: lwsam.top_k(1),
@@ -77,11 +95,14 @@ SHAPE = {
     "relative layer": lwsam.relative,
     "relative filter": lambda: lwsam.relative("filter"),
     "chain": lambda: optax.chain(optax.trace(walk.DECAY), lwsam.normalized()),
+    "sparse": lambda: optax.chain(lwsam.normalized(), elements()),
 }
 COMBINE = {
     "descend": lwsam.descend,
     "mix": lambda: lwsam.mix(walk.ALPHA["mix"]),
     "surrogate_gap": lambda: lwsam.surrogate_gap(walk.ALPHA["surrogate_gap"]),
+    "match_norm": lwsam.match_norm,
+    "decoupled": lambda: lwsam.decoupled(walk.ALPHA["decoupled"], RATE),
     "reuse": lambda: lwsam.reuse(walk.WEIGHT),
     "function": lambda: half_of_each,
 }
@@ -91,6 +112,7 @@ WHEN = {
     "last": lambda: lwsam.last(0.5, STEPS),
     "between": lambda: lwsam.between(1, 3),
     "predicate": lambda: lambda step: step != 2,
+    "gate": Listed,
 }
 DESCENT = {"None": lambda: None, "sharpest": lambda: lwsam.sharpest(walk.SHARE)}
 
@@ -185,6 +207,14 @@ def noise():
     return drawn
 
 
+@functools.cache
+def mask():
+    """The elements that `sparse` leaves."""
+    with enable_x64(True):
+        state = elements().init(to_tree(reference.mlp_params()))
+    return {name: 1.0 * leaf for name, leaf in from_tree(state.mask).items()}
+
+
 # --- against the oracle ---------------------------------------------------------------
 
 
@@ -242,8 +272,11 @@ def follow(parts, infos, layers_of_mask, draws):
         else:
             assert set(layers) == set(expected), where
         found = []
-        for rows in walk.blocks(parts.ascent) if layers else [slice(0)]:
-            taken = walk.step(parts, last, BATCHES[number], layers, rows, draws[number])
+        looks = layers or (parts.when == "gate" and parts.which != "nothing")
+        for rows in walk.blocks(parts.ascent) if looks else [slice(0)]:
+            taken = walk.step(
+                parts, last, BATCHES[number], layers, rows, draws[number], mask()
+            )
             found.append((unlike(info, params, taken), taken))
         right = [taken for wrong, taken in found if not wrong]
         assert len(right) == 1, f"{where}: {[wrong for wrong, _ in found]}"
@@ -359,8 +392,13 @@ def check_transformation(parts, source, static):
     last, draws = walk.first(reference.mlp_params()), noise_of_the_transformation()
     for number, (layers, params, norms) in enumerate(found):
         where = f"{name_of(parts)}, {source}, step {number}"
-        assert set(layers) == set(walk.layers_of(parts, number, last) or layers), where
-        last = walk.step(parts, last, BATCHES[number], layers, rows, draws[number])
+        if parts.when != "gate":  # which the state cannot know beforehand
+            expected = walk.layers_of(parts, number, last)
+            assert set(layers) == set(expected or layers), where
+        seen = layers if walk.WHEN[parts.when][number] else ()
+        last = walk.step(
+            parts, last, BATCHES[number], seen, rows, draws[number], mask()
+        )
         assert not differs(params, last.params), where
         assert not differs(by_layer(norms), last.norms), where
 
@@ -370,6 +408,10 @@ WITHOUT_DESCENT = [parts for parts in FEW if parts.descent == "None"]
 
 @pytest.mark.parametrize("parts", WITHOUT_DESCENT, ids=name_of)
 def test_so_it_is_in_the_transformation(parts):
+    if parts.combine == "decoupled":  # the base optimizer's step is not seen
+        with pytest.raises(ValueError, match=r"`method.combine`.*TrainStep"):
+            lwsam.as_optax(method_of(parts))
+        return
     forms = forms_of(parts)
     check_transformation(parts, *forms[FEW.index(parts) % len(forms)])
 
@@ -388,7 +430,7 @@ def test_so_it_is_in_the_functional_form(parts):
     part = family.rows_of(BATCHES[0], rows)
     keeps = (
         parts.ascent in ("momentum", "previous")
-        or parts.shape == "chain"
+        or parts.shape in ("chain", "sparse")
         or parts.combine == "reuse"
     )
     with enable_x64(True):
@@ -406,7 +448,7 @@ def test_so_it_is_in_the_functional_form(parts):
         out = gradient(params, BATCHES[0], key=KEY, **extra)
     draws = noise_of_the_functional_form() if parts.ascent == "random" else None
     first = walk.first(reference.mlp_params())
-    taken = walk.step(parts, first, BATCHES[0], LAYERS_CHOSEN, rows, draws)
+    taken = walk.step(parts, first, BATCHES[0], LAYERS_CHOSEN, rows, draws, mask())
     assert not differs(from_tree(out.grads), taken.update)
     assert not differs(by_layer(out.norms), taken.norms)
     np.testing.assert_allclose(out.value, taken.value)

@@ -44,14 +44,23 @@ PARTS = {
         "relative layer",
         "relative filter",
         "chain",
+        "sparse",
     ),
-    "combine": ("descend", "mix", "surrogate_gap", "reuse", "function"),
-    "when": ("always", "every", "last", "between", "predicate"),
+    "combine": (
+        "descend",
+        "mix",
+        "surrogate_gap",
+        "match_norm",
+        "decoupled",
+        "reuse",
+        "function",
+    ),
+    "when": ("always", "every", "last", "between", "predicate", "gate"),
     "descent": ("None", "sharpest"),
 }
 STALE = ("momentum", "previous", "random")
 RHO = {"raw": 0.3, "relative layer": 0.1, "relative filter": 0.1}
-ALPHA = {"mix": 0.8, "surrogate_gap": 0.5}
+ALPHA = {"mix": 0.8, "surrogate_gap": 0.5, "decoupled": 0.6}
 WEIGHT = 0.7  # of `reuse`
 SHARE = 0.5  # of `sharpest`
 # How many examples each ascent sees; the function's are the first ones.
@@ -62,6 +71,7 @@ WHEN = {
     "last": (False, False, True, True),
     "between": (False, True, True, False),
     "predicate": (True, True, False, True),
+    "gate": (True, False, True, True),
 }
 
 
@@ -94,6 +104,10 @@ def refused(parts: Parts) -> str | None:
         return "combine"  # its norms are over all layers
     if parts.descent == "sharpest" and parts.ascent != "whole_batch":
         return "descent"  # nobody knows the clean losses
+    if parts.when == "gate" and parts.is_stale:
+        return "ascent"  # there is no gradient to decide by
+    if parts.when == "gate" and parts.descent != "None":
+        return "descent"  # it would decide in between
     return None
 
 
@@ -175,6 +189,7 @@ def step(
     layers: Collection[str],
     rows: slice,
     noise: Leaves,
+    mask: Leaves | None = None,
 ) -> Step:
     """One step.
 
@@ -185,14 +200,20 @@ def step(
       layers: Those that this step perturbs; none: a plain step.
       rows: The examples of the ascent.
       noise: What `random` draws.
+      mask: The elements that `sparse` leaves, 1 and 0.
     """
     w = last.params
-    if not layers:
-        return _plain(parts, last, batch)
-    names = [leaf for name in layers for leaf in LAYERS[name]]
     part = family.rows_of(batch, rows)
+    if not layers:
+        taken = _plain(parts, last, batch)
+        if parts.when == "gate" and parts.which != "nothing":  # it saw an ascent
+            return taken._replace(ascent_value=loss(w, part))
+        return taken
+    names = [leaf for name in layers for leaf in LAYERS[name]]
     direction, ascent_value = _direction(parts, last, part, noise)
     epsilon, trace = _perturbation(parts, last, direction, names)
+    if parts.shape == "sparse":
+        epsilon = {name: mask[name] * leaf for name, leaf in epsilon.items()}
     point = added(w, 1.0, epsilon)
     perturbed_value = loss(point, batch)
     seen = batch
@@ -201,13 +222,17 @@ def step(
         order = np.argsort(-rise, kind="stable")
         seen = family.rows_of(batch, np.sort(order[: int(SHARE * SIZE)]))
     descent = GRADIENT(point, seen)
-    update, across = descent, last.across
-    if not parts.is_stale:
+    update, across, late = descent, last.across, None
+    if parts.combine == "decoupled":
+        update = direction
+        late = scaled(ALPHA["decoupled"], added(descent, -1.0, direction))
+    elif not parts.is_stale:
         update, across = _combined(parts, last, direction, descent, names)
     is_whole = parts.ascent == "whole_batch"
     return _finished(
         last,
         update,
+        late=late,
         value=loss(w, batch) if is_whole else perturbed_value,
         perturbed_value=perturbed_value,
         ascent_value=ascent_value,
@@ -242,9 +267,13 @@ def _plain(parts: Parts, last: Step, batch: Any) -> Step:
     )
 
 
-def _finished(last: Step, update: Leaves, **found: Any) -> Step:
+def _finished(
+    last: Step, update: Leaves, late: Leaves | None = None, **found: Any
+) -> Step:
     velocity = added(update, MOMENTUM, last.velocity)
     params = added(last.params, -RATE, velocity)
+    if late is not None:
+        params = added(params, -RATE, late)
     return Step(params=params, velocity=velocity, update=update, **found)
 
 
@@ -285,6 +314,7 @@ def _perturbation(
         "relative layer": family.relative_to_layers(LAYERS),
         "relative filter": family.relative_to_filters(MEMBERS),
         "chain": family.normalized(),
+        "sparse": family.normalized(),
     }
     return scaled(parts.rho, shapes[parts.shape](w, direction, names)), trace
 
@@ -296,6 +326,9 @@ def _combined(
     if parts.combine == "surrogate_gap":
         across = family.without(ascent, descent)
         return added(descent, -ALPHA["surrogate_gap"], across), last.across
+    if parts.combine == "match_norm":
+        size = norm_of(ascent.values())
+        return scaled(over(size, norm_of(descent.values())), descent), last.across
     inside, above = only(descent, names), only(ascent, names)
     if parts.combine == "reuse":
         return descent, family.without(inside, above)

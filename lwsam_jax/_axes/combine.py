@@ -34,6 +34,10 @@ class Combine(NamedTuple):
       otherwise: `otherwise(gradient, state) -> gradient`, in steps without an ascent, on
         the leaves that may be perturbed; None leaves the gradient as it is.
       everywhere: Whether it is right only where every layer is perturbed.
+      late: `late(ascent, descent, alpha) -> leaves`, on the leaves that `update` gets:
+        what the parameters lose after the base optimizer's step, times its learning
+        rate. `TrainStep` only.
+      learning_rate: That rate, a number or a schedule of the step count.
     """
 
     update: Callable[[Leaves, Leaves, Any, Any], tuple[Leaves, Any]]
@@ -42,6 +46,8 @@ class Combine(NamedTuple):
     init: Callable[[Leaves], Any] = lambda leaves: ()
     otherwise: Callable[[Leaves, Any], Leaves] | None = None
     everywhere: bool = False
+    late: Callable[[Leaves, Leaves, Any], Leaves] | None = None
+    learning_rate: Any = None
 
     def refuse(self, who: str, method: Any) -> None:
         """Raises where the other parts of a method do not give what it needs."""
@@ -129,6 +135,62 @@ def surrogate_gap(alpha: Any) -> Combine:
     return Combine(update, needs="all", alpha=alpha)
 
 
+def match_norm() -> Combine:
+    r"""Returns $d = (\|g\| / \|\hat g\|)\,\hat g$, with both norms over all leaves.
+
+    It needs the ascent gradient of every leaf. Where $\hat g = 0$, so is $d$.
+
+    References:
+      Stable SAM, Tan et al., JMLR, arXiv:2401.07250.
+    """
+    return _MATCH_NORM
+
+
+def _match_norm(ascent: Leaves, descent: Leaves, state: Any, alpha: Any) -> Any:
+    del alpha
+    dtype = _tree.accumulation_dtype(*ascent, *descent)
+    scale = _tree.norm(ascent, dtype) * _tree.reciprocal(_tree.norm(descent, dtype))
+    zero = lambda x: jnp.zeros_like(x)
+    return tuple(_tree.add_scaled(zero(x), scale, x) for x in descent), state
+
+
+def decoupled(alpha: Any, learning_rate: Any) -> Combine:
+    r"""Returns $d = g$; the base optimizer does not see $\alpha\,(\hat g - g)$.
+
+    After its step $w \leftarrow w - \eta\,\alpha\,(\hat g - g)$, past its momentum and
+    its scales. It needs the ascent gradient of every leaf, and `TrainStep`.
+
+    Args:
+      alpha: Weight, >= 0, a number or a schedule of the step count.
+      learning_rate: $\eta$, that of the base optimizer, a number or its schedule.
+
+    Raises:
+      ValueError: For numbers out of range.
+      TypeError: Without a learning rate.
+
+    References:
+      WSAM, Yue et al., KDD 2023, arXiv:2305.15817.
+    """
+    remedy = "Its weight is that of the sharpness; WSAM's is gamma / (1 - gamma)."
+    _checks.non_negative("decoupled", "alpha", alpha, remedy)
+    remedy = "Pass the learning rate of the base optimizer, or its schedule."
+    _checks.non_negative("decoupled", "learning_rate", learning_rate, remedy)
+
+    def update(ascent, descent, state, weight):
+        del descent, weight
+        return ascent, state
+
+    def late(ascent, descent, weight):
+        weight = jnp.asarray(weight)
+        scaled = lambda x: weight.astype(jnp.real(x).dtype) * x
+        pairs = zip(ascent, descent, strict=True)
+        return tuple(scaled(_tree.wide(d) - _tree.wide(g)) for g, d in pairs)
+
+    return Combine(
+        update, needs="all", alpha=alpha, late=late, learning_rate=learning_rate
+    )
+
+
 def reuse(weight: float) -> Combine:
     r"""Returns SAM's gradient, and $g + a\,(\|g\| / \|g_v\|)\,g_v$ between the ascents.
 
@@ -177,3 +239,4 @@ def orthogonal_part(onto: Leaves, x: Leaves) -> Leaves:
 
 _ROUNDING = 8.0
 _DESCEND = Combine(lambda ascent, descent, state, alpha: (descent, state), needs="none")
+_MATCH_NORM = Combine(_match_norm, needs="all")

@@ -147,7 +147,7 @@ def value_and_grad(
             aux_from=aux_from,
             axis_name=axis_name,
         )
-        memory = remember(method.shape, method.combine, known, params)
+        memory = remember(method, known, params)
         if jax.tree.leaves(memory):
             remedy = "Use lwsam.TrainStep or lwsam.as_optax, which keep it."
             expected = "one whose parts keep no state"

@@ -16,7 +16,7 @@ from .. import _checks, _tree
 from .._axes import shape as _shape
 from .._axes.combine import descend
 from .._engine.layers import Layers
-from .passes import move
+from .moves import move
 from .plan import Memory, Plan
 from .static import Static
 

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .. import _tree
 from .._axes.combine import Combine
+from .._axes.when import Gate
 from .._engine.layers import Layers
+from .._method import Method
 
 
 class LayerwiseGrad(NamedTuple):
@@ -25,6 +28,9 @@ class LayerwiseGrad(NamedTuple):
       perturbed_value: Loss at the perturbed point; `value` where nothing is perturbed.
       ascent_value: Loss at the parameters on what the ascent sees; `value` on the whole
         batch, None where the ascent takes no pass.
+      late: What the parameters lose after the base optimizer's step, times its learning
+        rate, structured as they are; None where `combine` says nothing of that.
+      ascended: bool[], whether a `Gate` was open; None where there is none.
     """
 
     value: jax.Array
@@ -33,6 +39,8 @@ class LayerwiseGrad(NamedTuple):
     norms: jax.Array
     perturbed_value: jax.Array
     ascent_value: Any = None
+    late: Any = None
+    ascended: Any = None
 
 
 class Plan(NamedTuple):
@@ -48,6 +56,8 @@ class Plan(NamedTuple):
       combine: The combination.
       aux_from: Whose aux is returned, where both passes see the whole batch.
       axis_name: Mapped axis over which gradients and values are averaged, or None.
+      gate: What decides within the step whether it perturbs, or None.
+      step: Number of the step, for the gate.
     """
 
     layers: Layers
@@ -59,6 +69,8 @@ class Plan(NamedTuple):
     combine: Combine
     aux_from: str = "clean"
     axis_name: Any = None
+    gate: Gate | None = None
+    step: Any = 0
 
     @property
     def selected(self) -> list[int]:
@@ -89,19 +101,24 @@ class Plan(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What shape and combine remember from step to step.
+    """What shape, combine and gate remember from step to step.
 
     Attributes:
       shape: State of the shape.
       combine: State of the combination.
+      gate: State of the gate.
     """
 
     shape: Any = ()
     combine: Any = ()
+    gate: Any = ()
 
 
-def remember(shape: Any, combine: Combine, layers: Layers, params: Any) -> Memory:
+def remember(method: Method, layers: Layers, params: Any) -> Memory:
     """Returns the memory before the first step."""
     leaves = jax.tree.leaves(params)
     members = tuple(leaves[i] for i in layers.member_leaves)
-    return Memory(shape.init(params), combine.init(members))
+    kept: Any = ()
+    if method.gate is not None:
+        kept = method.gate.init(_tree.accumulation_dtype(*leaves))
+    return Memory(method.shape.init(params), method.combine.init(members), kept)

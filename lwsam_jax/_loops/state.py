@@ -69,9 +69,7 @@ def first(method: Method, params: Any, layers: Layers, opt_state: Any) -> Method
         mask=method.choose(norms, step_count, layers),
         value=jnp.zeros((), dtype),
         layers=Static(layers),
-        memory=Memory()
-        if plain
-        else remember(method.shape, method.combine, layers, params),
+        memory=Memory() if plain else remember(method, layers, params),
         ascent=method.ascent.init(params, opt_state)
         if method.is_stale and not plain
         else (),

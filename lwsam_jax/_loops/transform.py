@@ -13,7 +13,7 @@ import optax
 from .. import _checks, _tree
 from .._engine.cover import Cover, static_selection
 from .._method import Method
-from . import passes as _passes, state as _state
+from . import moves as _moves, passes as _passes, state as _state
 from .functional import check_mask, refuse_integers, scalar_loss
 from .plan import Memory, Plan
 from .state import MethodState
@@ -111,6 +111,8 @@ def as_optax(method: Method) -> optax.GradientTransformationExtraArgs:
             shape=method.shape,
             combine=method.combine,
             axis_name=method.axis_name,
+            gate=None if method.is_plain else method.gate,
+            step=state.step_count,
         )
         updates, norms, value, memory = _gradient(
             method, plan, state, sources, updates, params
@@ -150,6 +152,12 @@ def _check(method: Any) -> None:
             remedy = "Use lwsam.TrainStep, which chooses what each step runs."
             got = repr(getattr(method, name))
             raise _checks.value_error(who, f"method.{name}", "None", got, remedy)
+    if method.combine.late is not None:
+        remedy = "Use lwsam.TrainStep, or a form that goes through the base optimizer."
+        expected = (
+            "one without a step after the base optimizer's, which is not seen here"
+        )
+        raise _checks.value_error(who, "method.combine", expected, "one with", remedy)
 
 
 def _placeholder_state(method: Method, params: Any) -> MethodState:
@@ -252,7 +260,7 @@ def _gradient(
         if sources.value_fn is not None:
             value = mean(sources.value_fn(params)[0], plan.axis_name)
         norms = plan.layers.norms(updates)
-        grads = _passes.without_ascent(
+        grads = _moves.without_ascent(
             plan.combine, plan.layers, updates, state.memory.combine
         )
         return grads, norms, value, state.memory

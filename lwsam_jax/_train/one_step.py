@@ -96,7 +96,7 @@ class OneStep:
         self._loss_fn = scalar_loss("TrainStep", "loss_fn", loss_fn, has_aux=True)
         self._optimizer, self._method = optimizer, method
         self._devices, self._layers = devices, study.layers
-        self._ratio, self._lag = study.ratio, selection_lag
+        self._ratio, self._study, self._lag = study.ratio, study, selection_lag
         self.purse = _budget.Purse(method, study.layers, study.menu)
 
     def init(self, params: Any, model_state: Any, key: jax.Array) -> TrainState:
@@ -129,7 +129,7 @@ class OneStep:
         """One step on one device; returns the mask that it decided on as well."""
         method, before = self._method, state.method_state
         hyperparams = method.scheduled(state.hyperparams, state.step)
-        plan = self._plan(selection, before.mask, hyperparams)
+        plan = self._plan(selection, before.mask, hyperparams, state.step)
         out, memory = self._gradient(plan, state, batch)
         model_state, metrics = self._devices.average(*out.aux)
         kept = before.ascent
@@ -144,9 +144,14 @@ class OneStep:
         )
         queue = (*before.pending, decided)
         overhead = jnp.float32(self._ratio(selection if plan.chosen else ()) - 1.0)
+        mask, rho = plan.bits, plan.rho_applied.astype(norms.dtype)
+        if out.ascended is not None:
+            mask, rho = mask & out.ascended, jnp.where(out.ascended, rho, 0)
+            overhead = jnp.where(out.ascended, overhead, self._study.closed)
         spent = _budget.running_mean(before.budget.mean_overhead, overhead, state.step)
+        params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
-            params=optax.apply_updates(state.params, updates),
+            params=self._late(params, out.late, state.step),
             model_state=model_state,
             opt_state=opt_state,
             method_state=_state.advance(before, norms, queue[0])._replace(
@@ -166,16 +171,29 @@ class OneStep:
             ascent_value=None if method.is_stale else out.ascent_value,
             metrics=metrics,
             norms=norms,
-            mask=plan.bits,
-            rho=plan.rho_applied.astype(norms.dtype),
+            mask=mask,
+            rho=rho,
             overhead=overhead,
             mean_overhead=spent,
             finite=_tree.all_finite((out.value, out.perturbed_value, out.grads)),
         )
         return new_state, info, decided
 
+    def _late(self, params: Any, late: Any, step: jax.Array) -> Any:
+        """Returns the parameters after what bypasses the base optimizer."""
+        if late is None:
+            return params
+        rate = self._method.combine.learning_rate
+        scale = -jnp.asarray(rate(step) if callable(rate) else rate)
+        add = lambda w, x: _tree.add_scaled(w, scale, x)
+        return jax.tree.map(add, params, late)
+
     def _plan(
-        self, selection: Any, mask: jax.Array, hyperparams: dict[str, Any]
+        self,
+        selection: Any,
+        mask: jax.Array,
+        hyperparams: dict[str, Any],
+        step: jax.Array,
     ) -> Plan:
         method, layers = self._method, self._layers
         is_cover = isinstance(selection, Cover)
@@ -190,6 +208,8 @@ class OneStep:
             shape=method.shape,
             combine=method.combine,
             axis_name=self._devices.axis_name,
+            gate=None if method.is_plain else method.gate,
+            step=step,
         )
 
     def _gradient(

@@ -28,6 +28,7 @@ class Study(NamedTuple):
       ratio: FLOPs of the method's step of a selection over a plain gradient.
       menu: What steps may run on.
       known: bool[L], the layers that every step is compiled for; None if these change.
+      closed: Overhead of a step whose `Gate` stays closed.
     """
 
     layers: Layers
@@ -35,6 +36,7 @@ class Study(NamedTuple):
     ratio: Callable[[Any], float]
     menu: Menu
     known: np.ndarray | None
+    closed: float = 0.0
 
 
 def study(
@@ -64,7 +66,10 @@ def study(
         bound=method.max_overhead,
         share=method.mean_overhead,
     )
-    return Study(layers, cost, ratio, menu, _known(method, layers, menu, chosen))
+    known, closed = _known(method, layers, menu, chosen), 0.0
+    if method.gate is not None and method.ascent.cut is not None:
+        closed = method.ascent.measured(share, devices.count)
+    return Study(layers, cost, ratio, menu, known, closed)
 
 
 def _known(
@@ -72,7 +77,8 @@ def _known(
 ) -> np.ndarray | None:
     if method.is_plain:
         return np.zeros(len(layers), bool)
-    changes = method.when is not when.always() or method.mean_overhead is not None
+    is_periodic = method.when is not when.always() and method.gate is None
+    changes = is_periodic or method.mean_overhead is not None
     if chosen is None or changes:
         return None
     names = layers.selected(chosen)

@@ -1,1 +1,0 @@
-"""Datasets: read, decoded, corrupted, and cut into the batches of a step."""

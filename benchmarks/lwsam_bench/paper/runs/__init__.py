@@ -1,1 +1,0 @@
-"""The training runs behind the paper's tables: what is missing is trained."""

@@ -1,1 +1,0 @@
-"""Theorem 1, measured on a problem whose constants are known."""

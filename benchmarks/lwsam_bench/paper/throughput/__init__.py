@@ -1,1 +1,0 @@
-"""Table 2: images a second of each method."""

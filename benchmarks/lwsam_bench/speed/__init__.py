@@ -1,1 +1,0 @@
-"""What a step costs: FLOPs, time, memory and compiling, measured or traced."""

@@ -1,1 +1,0 @@
-"""A training run: its configuration, its steps, its checkpoints and its rows."""

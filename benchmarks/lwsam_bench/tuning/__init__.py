@@ -1,1 +1,0 @@
-"""One protocol that tunes all methods alike, and its rows."""

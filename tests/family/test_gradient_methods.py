@@ -1,0 +1,269 @@
+"""Presets of two gradients against their oracles: what forms the perturbation, and d."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import family_reference as family
+import gradient_oracles as oracles
+import lwsam_jax as lwsam
+from family_runs import (
+    ALL,
+    assert_follows,
+    base,
+    chain,
+    flat_norm,
+    follow,
+    from_tree,
+    GRADIENT,
+    pulled,
+    pulling_batches,
+    RATE,
+    train,
+)
+
+
+class Case(NamedTuple):
+    """A preset with its numbers, and its oracle; both take the radius."""
+
+    ours: Callable[..., lwsam.Method]
+    oracle: Callable[..., family.Rule]
+    rho: float = 0.3
+    in_a_chain: bool = True
+
+
+def role(name: str) -> str:
+    return {"z": "input", "a": "output"}.get(name[0], "hidden")
+
+
+def powers(width: float) -> dict[str, float]:
+    exponents = {
+        "z_in/kernel": 1.5,
+        "z_in/bias": 1.5,
+        "m_mid/kernel": 0.5,
+        "m_mid/bias": 1.5,
+        "a_out/kernel": -0.5,
+        "a_out/bias": 0.5,
+    }
+    return {name: width**power for name, power in exponents.items()}
+
+
+def case(ours: Any, oracle: Any, numbers: dict[str, Any] | None = None, **more: Any):
+    """A case whose preset and oracle take the same numbers."""
+    numbers = numbers or {}
+    return Case(
+        lambda rho, **parts: ours(rho, **numbers, **parts),
+        lambda rho: oracle(GRADIENT, rho=rho, **numbers),
+        **more,
+    )
+
+
+CASES = {
+    "gcsam": case(lwsam.gcsam, oracles.gcsam),
+    "gcsam, of tensors, both": Case(
+        lambda rho, **parts: lwsam.gcsam(rho, "tensor", True, **parts),
+        lambda rho: oracles.gcsam(GRADIENT, rho=rho, over="tensor", descent=True),
+    ),
+    "async_sam": case(lwsam.async_sam, oracles.async_sam),
+    "lightsam I": case(lwsam.lightsam, oracles.lightsam, {"variant": "I"}),
+    "lightsam II": case(lwsam.lightsam, oracles.lightsam, {"variant": "II"}, rho=0.05),
+    "lightsam III": case(
+        lwsam.lightsam,
+        oracles.lightsam,
+        {"variant": "III", "b1": 0.7, "b2": 0.8, "delta": 1e-3},
+        rho=0.05,
+    ),
+    "mup_perturbation": Case(
+        lambda rho, **parts: lwsam.mup_perturbation(rho, 2.0, role, **parts),
+        lambda rho: oracles.mup_all(GRADIENT, rho=rho, powers=powers(2.0)),
+        rho=0.1,
+    ),
+    "mup_perturbation, per layer": Case(
+        lambda rho, **parts: lwsam.mup_perturbation(rho, per="layer", **parts),
+        lambda rho: oracles.mup_each(GRADIENT, rho=rho),
+        rho=0.1,
+    ),
+    "stable_sam": case(lwsam.stable_sam, oracles.stable_sam),
+    "stable_sam, raw": case(lwsam.stable_sam, oracles.stable_sam, {"normalize": False}),
+    "wsam, coupled": case(lwsam.wsam, oracles.wsam, {"gamma": 0.6, "coupled": True}),
+    "wsam": Case(
+        lambda rho, **parts: lwsam.wsam(rho, 0.6, learning_rate=RATE, **parts),
+        lambda rho: oracles.wsam(GRADIENT, rho=rho, gamma=0.6, coupled=False),
+        in_a_chain=False,
+    ),
+}
+GATE = {"total_steps": 6, "decay": 0.5, "first": 0.6, "last": 0.2}
+CASES["ae_sam"] = case(lwsam.ae_sam, oracles.ae_sam, GATE)
+CASES["ae_sam, reusing"] = Case(
+    lambda rho, **parts: lwsam.ae_sam(
+        rho, **{**GATE, "combine": lwsam.reuse(0.7), **parts}
+    ),
+    lambda rho: oracles.ae_sam(GRADIENT, rho=rho, weight=0.7, **GATE),
+)
+SAM = family.sam(GRADIENT, rho=0.3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_train_step_follows_the_formula(name):
+    found = CASES[name]
+    run = train(found.ours(found.rho))
+    steps = follow(found.oracle(found.rho))
+    assert_follows(run.params, steps)
+    moved = [oracles.size(step.move.epsilon) > 1e-3 for step in steps]
+    if name.startswith("ae_sam"):
+        assert 0 < sum(moved) < len(moved)
+        assert [info.mask.all() for info in run.infos] == moved
+        assert [info.overhead > 0 for info in run.infos] == moved
+        np.testing.assert_allclose(
+            [info.rho for info in run.infos], 0.3 * np.array(moved)
+        )
+    else:
+        assert all(moved[1 if name == "async_sam" else 0 :])
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.in_a_chain])
+def test_a_chain_follows_the_formula(name):
+    found = CASES[name]
+    form = "grad_fn" if list(CASES).index(name) % 2 else "value_fn"
+    assert_follows(
+        chain(found.ours(found.rho), form).params, follow(found.oracle(found.rho))
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.in_a_chain])
+def test_or_a_chain_refuses_it_with_a_remedy(name):
+    with pytest.raises(ValueError, match="TrainStep"):
+        lwsam.as_optax(CASES[name].ours(0.3))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_radius_it_is_the_base_optimizer_bit_for_bit(name):
+    for ours, theirs in zip(train(CASES[name].ours(0.0)).params, base(), strict=True):
+        for path, leaf in theirs.items():
+            np.testing.assert_array_equal(ours[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zero_gradients_and_a_schedule_that_makes_the_radius_zero(name):
+    """The gradient of step 0 is 0; from step 2 on the radius is."""
+    ours = CASES[name].ours(lambda step: 0.1 * (step < 2))
+    records = pulled(ours, pulling_batches(4))
+    assert flat_norm(records[0][2]) == 0
+    for _, g, added, _ in records[2:]:
+        if "both" not in name:  # its d is centered whatever the radius
+            assert flat_norm(added) <= 1e-6 * flat_norm(g)
+
+
+LIMITS = {
+    "mup_perturbation at the base width": lambda: lwsam.mup_perturbation(0.3),
+    "wsam of one half, coupled": lambda: lwsam.wsam(0.3, 0.5, coupled=True),
+    "wsam of alpha 4 is generalized_sam": lambda: lwsam.wsam(0.3, 0.8, coupled=True),
+    "wsam of zero": lambda: lwsam.wsam(0.3, 0.0, coupled=True),
+    "wsam of zero, decoupled": lambda: lwsam.wsam(0.3, 0.0, learning_rate=RATE),
+    "ae_sam of an open gate": lambda: lwsam.ae_sam(0.3, 6, first=-1e9, last=-1e9),
+    "ae_sam of a closed gate is zero": lambda: lwsam.ae_sam(
+        0.3, 6, first=1e9, last=1e9
+    ),
+    "sparse_sam of every element": lambda: lwsam.sparse_sam(0.3, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_limits(name):
+    rule = SAM
+    if "alpha 4" in name:
+        rule = family.generalized_sam(GRADIENT, rho=0.3, alpha=4.0)
+    elif "zero" in name:
+        rule = family.sam(GRADIENT, rho=0.0)
+    assert_follows(train(LIMITS[name]()).params, follow(rule))
+
+
+def test_norms_and_directions_of_the_oracles():
+    """What the papers say of their perturbations and updates."""
+    for name in ("gcsam", "async_sam"):
+        for step in follow(CASES[name].oracle(0.3))[1:]:
+            np.testing.assert_allclose(oracles.size(step.move.epsilon), 0.3)
+    for step in follow(CASES["stable_sam"].oracle(0.3)):
+        move = step.move
+        np.testing.assert_allclose(oracles.size(move.update), oracles.size(move.ascent))
+        np.testing.assert_allclose(oracles.cosine(move.update, move.descent), 1.0)
+    first = follow(CASES["lightsam I"].oracle(0.3))[0]
+    np.testing.assert_allclose(oracles.size(first.move.epsilon), 0.3)
+
+
+def test_decoupled_wsam_bypasses_the_momentum():
+    """With momentum the two forms part after the first step, and not before."""
+    ours = lambda **form: train(lwsam.wsam(0.3, 0.6, **form)).params
+    coupled, decoupled = ours(coupled=True), ours(learning_rate=lambda t: RATE + 0 * t)
+    apart = [
+        max(np.abs(a[name] - b[name]).max() for name in ALL)
+        for a, b in zip(coupled, decoupled, strict=True)
+    ]
+    assert apart[0] < 1e-12
+    assert min(apart[1:]) > 1e-4
+
+
+# --- any ascent, any selection --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "ae_sam, reusing"])
+def test_a_part_of_the_batch_and_the_largest_layers(name):
+    """Every one runs so, and perturbs two layers; AE-SAM where its gate opens."""
+    ours = CASES[name].ours(
+        0.1, ascent=lwsam.micro_batch(0.25), select=lwsam.top_k(2), rule=lwsam.weights
+    )
+    run = train(ours, dtype=np.float32)
+    some = {0, 2} if name == "ae_sam" else {2}
+    assert {len(names) for names in run.kept[1:]} == some
+
+
+@pytest.mark.parametrize("name", ["gcsam", "async_sam", "lightsam II"])
+def test_along_the_momentum(name):
+    run = train(CASES[name].ours(0.1, ascent=lwsam.momentum()), dtype=np.float32)
+    assert all(len(names) == 6 for names in run.kept)
+
+
+@pytest.mark.parametrize("name", ["stable_sam", "wsam"])
+def test_there_is_nothing_to_combine_along_the_momentum(name):
+    with pytest.raises(ValueError, match="combine"):
+        CASES[name].ours(0.1, ascent=lwsam.momentum())
+
+
+# --- Sparse SAM's masks ---------------------------------------------------------------
+
+
+def test_sparse_sam_follows_the_formula_and_its_masks():
+    """Masks are drawn; what is dropped are the active elements of smallest |g|."""
+    method = lwsam.sparse_sam(0.3, 0.5, period=2, total_steps=6, drop=0.5)
+    run = train(method)
+    masks = [mask_of(memory) for memory in run.memories]
+    steps = follow(oracles.sparse_sam(GRADIENT, rho=0.3, masks=masks))
+    assert_follows(run.params, steps)
+    count = sum(leaf.size for leaf in masks[0].values())
+    flat = [np.concatenate([mask[n].ravel() for n in ALL]) for mask in masks]
+    assert all(mask.sum() == round(count / 2) for mask in flat)
+    grads = [np.concatenate([s.move.ascent[n].ravel() for n in ALL]) for s in steps]
+    for t in range(1, 6):
+        if t % 2:
+            np.testing.assert_array_equal(flat[t], flat[t - 1])
+            continue
+        share = 0.5 * (1 + np.cos(np.pi * t / 6)) / 2
+        dropped = int(share * flat[t].sum())
+        active = np.flatnonzero(flat[t - 1])
+        order = active[np.argsort(-np.abs(grads[t])[active])]
+        stay = order[: len(order) - dropped]
+        assert flat[t][stay].all()
+        assert 0 < (flat[t] != flat[t - 1]).sum() <= 2 * dropped
+
+
+def mask_of(memory):
+    found = [x for x in jax.tree.leaves(memory, is_leaf=is_mask) if is_mask(x)]
+    (state,) = found
+    return from_tree(state.mask)
+
+
+def is_mask(x):
+    return isinstance(x, lwsam.ElementMask)
