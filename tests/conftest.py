@@ -6,7 +6,7 @@ import os
 import pathlib
 import zlib
 
-from lwsam_bench import quick_compile
+from lwsam_bench.support import quick_compile
 
 
 # These must be set before JAX starts. Flags that the user set stay.

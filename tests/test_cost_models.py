@@ -209,8 +209,9 @@ def test_fractions_out_of_range_raise(options, error, match):
 def test_the_sets_of_resnet20_cost_what_is_promised():
     """At batch 128; the counts of XLA are at most 0.3 % below the model's."""
     nnx = pytest.importorskip("flax.nnx")
+    from lwsam_bench.models.network import Network
     from lwsam_bench.models.resnet import ResNet
-    from lwsam_bench.training import make_loss_fn, Network
+    from lwsam_bench.training.recipe import make_loss_fn
 
     network = Network.of(ResNet(3, 10, projection=True, rngs=nnx.Rngs(0)))
     batch = {

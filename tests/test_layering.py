@@ -6,17 +6,16 @@ import inspect
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 
 import lwsam_jax as lwsam
+from import_reader import Import, Package
 
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "lwsam_jax"
-MODULES = sorted(PACKAGE.glob("**/*.py"))
+PACKAGE = Package(ROOT / "lwsam_jax")
+MODULES, NAMES = PACKAGE.modules, PACKAGE.names
 
 # The floors of the house, and those within each of its folders, from below. What stands
 # on a floor may import what stands below it, and nothing beside or above it. A new
@@ -42,7 +41,7 @@ FOLDERS = {
         ("cost",),
     ),
     "_axes": (
-        ("__init__", "moments", "shape", "sparse", "when", "which"),
+        ("__init__", "moments", "noise", "shape", "sparse", "when", "which"),
         ("ascent", "combine"),
         ("descent",),
     ),
@@ -66,80 +65,7 @@ RUN_TIME = {"jax", "numpy", "optax"}
 TYPES_ONLY = {"chex"}
 
 
-class Import(NamedTuple):
-    line: int
-    package: str  # the first part of the name; empty for the library itself
-    modules: tuple[str, ...]  # the library's, such as "_engine.cut"; else empty
-    for_types: bool  # under `if TYPE_CHECKING`
-
-
-def _name(path: pathlib.Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-NAMES = {_name(path) for path in MODULES}
-
-
-def _targets(parts: list[str], aliases: list[str]) -> tuple[str, ...]:
-    """The modules that `from parts import aliases` reads, parts from the library's root.
-
-    A name that is no module of a folder is one of its `__init__`; what is not there at
-    all is handed on as it is spelled.
-    """
-    base = ".".join(parts)
-    if base in NAMES:
-        return (base,)
-    inside = [f"{base}.{alias}".lstrip(".") for alias in aliases]
-    init = f"{base}.__init__".lstrip(".")
-    return tuple(
-        dict.fromkeys(n if n in NAMES or init not in NAMES else init for n in inside)
-    )
-
-
-def _is_type_checking(node: ast.AST) -> bool:
-    if not isinstance(node, ast.If):
-        return False
-    test = node.test
-    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", "")
-    return name == "TYPE_CHECKING"
-
-
-def _imports(
-    tree: ast.AST, folder: list[str], for_types: bool = False
-) -> Iterator[Import]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                package, *rest = alias.name.split(".")
-                if package == "lwsam_jax":
-                    package, modules = "", _targets(rest, ["__init__"])
-                else:
-                    modules = ()
-                yield Import(node.lineno, package, modules, for_types)
-        elif isinstance(node, ast.ImportFrom):
-            package, *rest = (node.module or "").split(".")
-            aliases = [alias.name for alias in node.names]
-            if node.level:
-                above = folder[: len(folder) - node.level + 1]
-                inside = [part for part in (package, *rest) if part]
-                modules = _targets([*above, *inside], aliases)
-                yield Import(node.lineno, "", modules, for_types)
-            elif package == "lwsam_jax":
-                yield Import(node.lineno, "", _targets(rest, aliases), for_types)
-            else:
-                yield Import(node.lineno, package, (), for_types)
-        elif isinstance(node, ast.If) and _is_type_checking(node):
-            for child in node.body:
-                yield from _imports(ast.Module([child], []), folder, True)
-            for child in node.orelse:
-                yield from _imports(ast.Module([child], []), folder, for_types)
-        else:
-            yield from _imports(node, folder, for_types)
-
-
-def _module_imports(path: pathlib.Path) -> list[Import]:
-    folder = list(path.relative_to(PACKAGE).parent.parts)
-    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), folder))
+_name = PACKAGE.name
 
 
 def _at(floors: tuple[tuple[str, ...], ...], name: str) -> int | None:
@@ -170,7 +96,7 @@ def _upward(module: str, imports: list[Import]) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_point_down(path):
-    upward = _upward(_name(path), _module_imports(path))
+    upward = _upward(_name(path), PACKAGE.imports(path))
     assert not upward, f"{_name(path)}: " + "; ".join(upward)
 
 
@@ -186,21 +112,15 @@ def test_every_floor_has_its_module():
 
 
 def _is_folder(name: str) -> bool:
-    return (PACKAGE / name).is_dir()
+    return (PACKAGE.path / name).is_dir()
 
 
 def test_imports_run_in_no_circle():
     """By the modules alone, whatever floors they were given."""
-    graph = {
-        _name(path): {m for found in _module_imports(path) for m in found.modules}
-        for path in MODULES
-    }
-    list(graphlib.TopologicalSorter(graph).static_order())
+    list(graphlib.TopologicalSorter(PACKAGE.graph()).static_order())
 
 
-@pytest.mark.parametrize(
-    "folder", sorted({path.parent for path in MODULES}), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("folder", PACKAGE.folders(), ids=lambda path: path.name)
 def test_a_folder_can_be_taken_in_at_a_glance(folder):
     files = list(folder.glob("*.py"))
     assert len(files) <= MOST_FILES, f"{folder.name}: {len(files)} files"
@@ -221,7 +141,7 @@ def test_a_preset_is_known_to_the_exports_alone():
     }
     exported = set()
     for path in MODULES:
-        read = {m for found in _module_imports(path) for m in found.modules} & presets
+        read = {m for found in PACKAGE.imports(path) for m in found.modules} & presets
         if _name(path) == "__init__":
             exported = read
         else:
@@ -231,7 +151,7 @@ def test_a_preset_is_known_to_the_exports_alone():
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_only_jax_numpy_and_optax(path):
-    for found in _module_imports(path):
+    for found in PACKAGE.imports(path):
         allowed = RUN_TIME | sys.stdlib_module_names | {""}
         if found.for_types:
             allowed |= TYPES_ONLY
@@ -259,7 +179,7 @@ else:
 def late():
     import tensorflow
 """
-    found = list(_imports(ast.parse(source), ["_loops"]))
+    found = list(PACKAGE.read(ast.parse(source), ["_loops"]))
     assert [(item.package, item.modules, item.for_types) for item in found] == [
         ("numpy", (), False),
         ("flax", (), False),

@@ -17,6 +17,7 @@ import lwsam_jax as lwsam
 import reference
 from chains import LOSS, PARAMS
 from devices import DEVICES, needs_eight
+from lwsam_jax._axes.noise import normal_like
 from plain import assert_close, enable_x64, global_norm
 from test_transform_errors import says
 
@@ -92,15 +93,9 @@ def follow(rule, steps, momentum=MOMENTUM):
 
 def noise(params, step, seed=SEED):
     """What `random()` draws for a gradient: nothing for the first."""
-    leaves, treedef = jax.tree.flatten(params)
     key = jax.random.fold_in(jax.random.key(seed), step)
-    drawn = [
-        jnp.where(
-            step > 0, jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype), 0
-        )
-        for i, x in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
+    drawn = normal_like(params, key)  # tests/test_noise.py has its oracle
+    return jax.tree.map(lambda z: jnp.where(step > 0, z, 0), drawn)
 
 
 def known_noise(dtype):

@@ -3,11 +3,11 @@
 import numpy as np
 from flax import nnx
 
-from lwsam_bench import training
-from lwsam_bench.augment import Batches
-from lwsam_bench.data import Dataset, Split
-from lwsam_bench.tasks import Task
-from lwsam_bench.training import Network
+from lwsam_bench.data.augment import Batches
+from lwsam_bench.data.splits import Dataset, Split
+from lwsam_bench.models.network import Network
+from lwsam_bench.training import recipe
+from lwsam_bench.training.tasks import Task
 
 
 NOTE = "Random pixels."
@@ -46,7 +46,7 @@ def make(config=None, data_dir=None, on_record=None):
     )
     return Task(
         network=network,
-        loss_fn=training.make_loss_fn(network),
+        loss_fn=recipe.make_loss_fn(network),
         batches=batches,
         steps_per_epoch=batches.steps_per_epoch,
         items_per_batch=5,

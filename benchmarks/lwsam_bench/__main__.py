@@ -2,7 +2,7 @@
 
 import sys
 
-from lwsam_bench.cli import main
+from lwsam_bench.commands.cli import main
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from .. import _checks, _tree
 from .moments import first_moment
+from .noise import normal_like
 
 
 _WHO = "micro_batch"
@@ -290,11 +291,7 @@ class _Random(Stale):
 
     def direction(self, kept: Any, opt_state: Any, params: Any, key: jax.Array) -> Any:
         del kept, opt_state
-        leaves, treedef = jax.tree.flatten(params)
-        draw = lambda i, x: jax.random.normal(
-            jax.random.fold_in(key, i), jnp.shape(x), _tree.wide(x).dtype
-        )
-        return jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
+        return normal_like(params, key)
 
 
 def random() -> Stale:

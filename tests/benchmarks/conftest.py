@@ -57,4 +57,4 @@ def rows():
 @pytest.fixture(autouse=True)
 def _no_cache_of_the_user(monkeypatch):
     """Keep what runs in this process from writing to the user's cache folder."""
-    monkeypatch.setattr("lwsam_bench.cache.enable", lambda: None)
+    monkeypatch.setattr("lwsam_bench.support.cache.enable", lambda: None)

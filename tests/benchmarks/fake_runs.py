@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from lwsam_bench.paper.outcome import run_id
+from lwsam_bench.paper.runs.outcome import run_id
 
 
 LAYERS = ("stem", "block/conv1", "block/conv2", "dense")

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lwsam_bench.cli import _parser, main
-from lwsam_bench.cli_train import train_config
+from lwsam_bench.commands.cli import _parser, main
+from lwsam_bench.commands.train import train_config
 
 
 def train(*arguments):

@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 
 import lwsam_jax as lwsam
-from lwsam_bench.measure import flops
 from lwsam_bench.models.gpt import GPT
+from lwsam_bench.models.network import Network
 from lwsam_bench.models.resnet import ResNet
 from lwsam_bench.models.vit import ViT
 from lwsam_bench.models.wrn import WideResNet
-from lwsam_bench.training import make_loss_fn, Network, next_character_loss
+from lwsam_bench.support.measure import flops
+from lwsam_bench.training.recipe import make_loss_fn, next_character_loss
 
 
 IMAGES = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros((2,), jnp.int32)}

@@ -7,16 +7,16 @@ import pytest
 from rich.console import Console
 
 import lwsam_jax as lwsam
-from lwsam_bench import cost_page
-from lwsam_bench._errors import UserError
+from lwsam_bench.speed import cost
+from lwsam_bench.support.errors import UserError
 
 
-SMALL = cost_page.Network("resnet8w4", batch_size=2, image_size=8, classes=5)
+SMALL = cost.Network("resnet8w4", batch_size=2, image_size=8, classes=5)
 
 
 def page(network, compiling=False):
     console = Console(file=io.StringIO(), width=200)
-    return cost_page.page(network, console, compiling=compiling)
+    return cost.page(network, console, compiling=compiling)
 
 
 def table(text, first):
@@ -47,7 +47,7 @@ def test_page_of_a_small_network():
 
 def test_steps_are_compiled_on_demand(monkeypatch):
     programs = lambda layers: [("plain", ()), ("last", ("dense",))]
-    monkeypatch.setattr(cost_page, "_programs", programs)
+    monkeypatch.setattr(cost, "_programs", programs)
     plain, last = table(page(SMALL, compiling=True), "program")
     assert [plain[0], last[0]] == ["plain", "last"]
     assert float(plain[3]) == float(plain[4]) == 1.0
@@ -57,7 +57,7 @@ def test_steps_are_compiled_on_demand(monkeypatch):
 
 def test_programs_are_covers_of_the_deepest_layers():
     params = {f"layer{i}": np.ones((2, 2)) for i in range(6)}
-    programs = dict(cost_page._programs(lwsam.Layers.of(params)))
+    programs = dict(cost._programs(lwsam.Layers.of(params)))
     assert programs["plain (SGD)"] == ()
     names = programs["cover of the last 4 layers"].names
     assert names == ("layer2", "layer3", "layer4", "layer5")
@@ -65,20 +65,20 @@ def test_programs_are_covers_of_the_deepest_layers():
 
 
 def test_wrn_28_10_is_only_traced():
-    text = page(cost_page.Network("wrn28-10", 128, 32, 100))
+    text = page(cost.Network("wrn28-10", 128, 32, 100))
     assert "36,536,884 parameters" in text
     assert len(table(text, "layer")) == 29
 
 
 def test_networks_for_text_are_refused():
     with pytest.raises(UserError, match="reads text"):
-        page(cost_page.Network("gpt-tiny", 2, 8, 5))
+        page(cost.Network("gpt-tiny", 2, 8, 5))
 
 
 def test_page_is_written(tmp_path):
     console = Console(file=io.StringIO())
     path = tmp_path / "cost.md"
-    assert cost_page.run(SMALL, str(path), console, compiling=False) == 0
+    assert cost.run(SMALL, str(path), console, compiling=False) == 0
     assert path.read_text().startswith("# Cost of a step: resnet8w4, batch 2")
     with pytest.raises(UserError, match="there is no folder"):
-        cost_page.run(SMALL, str(tmp_path / "no" / "x"), console, compiling=False)
+        cost.run(SMALL, str(tmp_path / "no" / "x"), console, compiling=False)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lwsam_bench import augment, data, images, prepared
-from lwsam_bench._errors import UserError
+from lwsam_bench.data import augment, images, prepared, sources
+from lwsam_bench.data.splits import corrupt_labels, Dataset, default_data_dir, Split
+from lwsam_bench.support.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return sources.load("digits")
 
 
 def write_npz(path, **changes):
@@ -43,24 +44,24 @@ def test_digits_are_split_once_and_for_all(digits):
     digits_of_sklearn: Any = load_digits()
     known = np.rint(digits_of_sklearn.data * 255 / 16)
     assert sorted(map(bytes, both)) == sorted(map(bytes, known.astype(np.uint8)))
-    assert digits.fingerprint() == data.load("digits").fingerprint()
+    assert digits.fingerprint() == sources.load("digits").fingerprint()
 
 
 def test_labels_are_replaced_at_random(digits):
     labels = digits.train.labels
-    noisy = data.corrupt_labels(labels, 0.4, 10, seed=3)
+    noisy = corrupt_labels(labels, 0.4, 10, seed=3)
     # 400 are drawn anew; a tenth of them stays what it was by chance.
     assert 330 < np.sum(noisy != labels) < 390
-    np.testing.assert_array_equal(noisy, data.corrupt_labels(labels, 0.4, 10, seed=3))
-    assert np.any(noisy != data.corrupt_labels(labels, 0.4, 10, seed=4))
-    np.testing.assert_array_equal(data.corrupt_labels(labels, 0.0, 10, 3), labels)
+    np.testing.assert_array_equal(noisy, corrupt_labels(labels, 0.4, 10, seed=3))
+    assert np.any(noisy != corrupt_labels(labels, 0.4, 10, seed=4))
+    np.testing.assert_array_equal(corrupt_labels(labels, 0.0, 10, 3), labels)
     assert noisy.dtype == labels.dtype
 
 
 def test_statistics_are_those_of_the_pixels():
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 3, 2), dtype=np.uint8)
-    split = data.Split(images, np.zeros(7, np.int32))
-    mean, std = data.Dataset("x", "1", 1, split, split).statistics()
+    split = Split(images, np.zeros(7, np.int32))
+    mean, std = Dataset("x", "1", 1, split, split).statistics()
     pixels = images.reshape(-1, 2) / 255.0
     np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6)
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-6)
@@ -129,7 +130,7 @@ def test_crops_are_windows_of_the_padded_image_and_half_are_flipped(getkey):
 
 
 def test_npz(tmp_path):
-    dataset = data.load(write_npz(tmp_path / "a.npz"))
+    dataset = sources.load(write_npz(tmp_path / "a.npz"))
     assert dataset.image_shape == (5, 5, 1)
     assert dataset.num_classes == 3
     assert dataset.train.labels.dtype == np.int32
@@ -153,16 +154,16 @@ def test_npz(tmp_path):
 )
 def test_npz_of_another_shape_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        data.load(write_npz(tmp_path / "a.npz", **changes))
+        sources.load(write_npz(tmp_path / "a.npz", **changes))
 
 
 def test_npz_that_is_none(tmp_path):
     path = tmp_path / "a.npz"
     with pytest.raises(UserError, match="no such file"):
-        data.load(str(path))
+        sources.load(str(path))
     path.write_bytes(b"PK\x03\x04 but no more")
     with pytest.raises(UserError, match="cannot be read"):
-        data.load(str(path))
+        sources.load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_real_data(data_dir, monkeypatch, name, shape, jpeg):
         return decode(records[:200], *rest)  # all of them take half a minute
 
     monkeypatch.setattr(prepared, "_decode", decode_head)
-    dataset = data.load(name, str(data_dir))
+    dataset = sources.load(name, str(data_dir))
     assert sizes == [50_000 if name == "cifar10" else 60_000, 10_000]
     assert dataset.image_shape == shape
     assert dataset.num_classes == 10
@@ -188,8 +189,8 @@ def test_real_data(data_dir, monkeypatch, name, shape, jpeg):
 
 
 def test_some_of_the_real_data(data_dir):
-    few = data.load("cifar10", str(data_dir), train_images=30, test_images=20)
-    fewer = data.load("cifar10", str(data_dir), train_images=5, test_images=20)
+    few = sources.load("cifar10", str(data_dir), train_images=30, test_images=20)
+    fewer = sources.load("cifar10", str(data_dir), train_images=5, test_images=20)
     assert (len(few.train), len(few.test)) == (30, 20)
     np.testing.assert_array_equal(few.train.images[:5], fewer.train.images)
     np.testing.assert_array_equal(few.test.labels, fewer.test.labels)
@@ -204,12 +205,12 @@ def test_real_flowers(data_dir, monkeypatch):
         return decode(records[:8], *rest)
 
     monkeypatch.setattr(prepared, "_decode", decode_head)
-    dataset = data.load("oxford_flowers102_subset", str(data_dir))
+    dataset = sources.load("oxford_flowers102_subset", str(data_dir))
     assert sizes == [4535, 775 + 757]  # learns from the split test
     assert dataset.image_shape == (64, 64, 3)
     assert dataset.num_classes == 102
     assert "subset" in dataset.note
-    smaller = data.load("oxford_flowers102_subset", str(data_dir), image_size=16)
+    smaller = sources.load("oxford_flowers102_subset", str(data_dir), image_size=16)
     assert smaller.image_shape == (16, 16, 3)
 
 
@@ -253,7 +254,7 @@ def mock(monkeypatch):
 
 
 def test_cifar100(mock, tmp_path):
-    dataset = data.load("cifar100", str(tmp_path))
+    dataset = sources.load("cifar100", str(tmp_path))
     assert mock == ["train", "test"]
     assert (len(dataset.train), len(dataset.test)) == (3, 4)
     assert dataset.image_shape == (32, 32, 3)
@@ -262,23 +263,23 @@ def test_cifar100(mock, tmp_path):
 
 
 def test_flowers_learn_from_the_split_test(mock, tmp_path):
-    dataset = data.load("oxford_flowers102", str(tmp_path), image_size=24)
+    dataset = sources.load("oxford_flowers102", str(tmp_path), image_size=24)
     assert mock == ["test", "train", "validation"]
     assert (len(dataset.train), len(dataset.test)) == (4, 3 + 2)
     assert dataset.image_shape == (24, 24, 3)
     assert dataset.num_classes == 102
     assert "split test" in dataset.note
-    default = data.load("oxford_flowers102", str(tmp_path), train_images=2)
+    default = sources.load("oxford_flowers102", str(tmp_path), train_images=2)
     assert default.image_shape == (64, 64, 3)
     assert len(default.train) == 2
     with pytest.raises(UserError, match="--test-images 6 is more than the 5 images"):
-        data.load("oxford_flowers102", str(tmp_path), test_images=6)
+        sources.load("oxford_flowers102", str(tmp_path), test_images=6)
 
 
 @pytest.mark.parametrize("name", ["cifar100", "oxford_flowers102"])
 def test_data_that_is_missing_is_said_once(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} is not in {tmp_path}"):
-        data.load(name, str(tmp_path))
+        sources.load(name, str(tmp_path))
 
 
 def test_images_are_resized_and_the_middle_is_kept():
@@ -295,14 +296,14 @@ def test_images_are_resized_and_the_middle_is_kept():
 
 
 def test_some_images_of_any_dataset(digits, tmp_path):
-    few = data.load("digits", train_images=7, image_size=4)
+    few = sources.load("digits", train_images=7, image_size=4)
     assert few.train.images.shape == (7, 4, 4, 1)
     assert few.test.images.shape == (797, 4, 4, 1)
-    again = data.load("digits", train_images=9)
+    again = sources.load("digits", train_images=9)
     np.testing.assert_array_equal(few.train.labels, again.train.labels[:7])
     assert (again.train.images[0] == digits.train.images).all((1, 2, 3)).sum() == 1
     with pytest.raises(UserError, match="--train-images 5 is more than the 4 images"):
-        data.load(write_npz(tmp_path / "a.npz"), train_images=5)
+        sources.load(write_npz(tmp_path / "a.npz"), train_images=5)
 
 
 def test_damaged_data(data_dir, tmp_path):
@@ -311,12 +312,12 @@ def test_damaged_data(data_dir, tmp_path):
     (shard,) = folder.glob("*/cifar10-test*")
     shard.write_bytes(shard.read_bytes()[:100_000])
     with pytest.raises(UserError, match="cifar10 in .* cannot be read"):
-        data.load("cifar10", str(tmp_path))
+        sources.load("cifar10", str(tmp_path))
 
 
 def test_missing_data_names_the_command_that_fetches_it(tmp_path):
     with pytest.raises(UserError) as caught:
-        data.load("cifar10", str(tmp_path))
+        sources.load("cifar10", str(tmp_path))
     message = str(caught.value)
     assert f"cifar10 is not in {tmp_path}" in message
     assert "tfds.builder(" in message
@@ -326,7 +327,7 @@ def test_missing_data_names_the_command_that_fetches_it(tmp_path):
 
 def test_default_data_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert data.default_data_dir() == str(tmp_path)
+    assert default_data_dir() == str(tmp_path)
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.default_data_dir() == str(tmp_path / "tensorflow_datasets")
+    assert default_data_dir() == str(tmp_path / "tensorflow_datasets")

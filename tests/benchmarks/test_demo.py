@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 
-from lwsam_bench import report
-from lwsam_bench.cli import main
-from lwsam_bench.measure import Stopwatch
+from lwsam_bench.commands.cli import main
 from lwsam_bench.models import smallcnn
+from lwsam_bench.pages import report
+from lwsam_bench.support.measure import Stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def out(tmp_path_factory):
     """The results of a demo of 20 steps with a network of four layers."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lwsam_bench.cache.enable", lambda: None)
+        patch.setattr("lwsam_bench.support.cache.enable", lambda: None)
         patch.setattr(smallcnn, "BLOCKS", ((4, 1),))
         code = main(["demo", "--out", str(folder), "--seeds", "2", "--steps", "20"])
     assert code == 0
@@ -79,7 +79,7 @@ def test_stopwatch_compares_round_by_round():
 
 
 def test_methods_are_tuned_on_other_seeds():
-    from lwsam_bench import demo, demo_run
+    from lwsam_bench.comparison import demo, demo_run
 
     assert not {*demo.DemoConfig().seeds} & {*demo_run.TUNING_SEEDS}
     strip = lambda method: dataclasses.replace(method, label="")
@@ -88,9 +88,9 @@ def test_methods_are_tuned_on_other_seeds():
 
 
 def test_the_rows_of_the_tuning_are_there(rows):
-    from lwsam_bench import demo
+    from lwsam_bench.comparison import demo
 
-    results = pathlib.Path(demo.__file__).parents[1] / "results" / "demo-radius.jsonl"
+    results = pathlib.Path(demo.__file__).parents[2] / "results" / "demo-radius.jsonl"
     if not results.exists():
         pytest.skip("installed without the results")
     origins, tried = set(), collections.defaultdict(list)

@@ -6,16 +6,19 @@ import pathlib
 
 import pytest
 
-from lwsam_bench import demo, earlier, run_folder
-from lwsam_bench._errors import UserError
-from lwsam_bench.cli import _parser
-from lwsam_bench.cli_train import train_config
-from lwsam_bench.config import TrainConfig
-from lwsam_bench.paper import landscape, setups, throughput
-from lwsam_bench.paper.outcome import run_id
+from lwsam_bench.commands.cli import _parser
+from lwsam_bench.commands.train import train_config
+from lwsam_bench.comparison import demo
+from lwsam_bench.paper import setups
+from lwsam_bench.paper.landscape import figures
+from lwsam_bench.paper.runs.outcome import run_id
+from lwsam_bench.paper.throughput import race
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.training import earlier, run_folder
+from lwsam_bench.training.config import TrainConfig
 
 
-RESULTS = pathlib.Path(demo.__file__).parents[1] / "results" / "paper"
+RESULTS = pathlib.Path(demo.__file__).parents[2] / "results" / "paper"
 AXES = ("ascent", "fraction", "shape", "last")  # fields that were not there
 
 
@@ -62,9 +65,9 @@ def test_folders_of_runs_keep_their_names():
     for row in named:
         method = earlier.config(row["config"])["method"]
         assert method == setups.config("cifar10", wanted[row["run"]], "small", 0).method
-    measured = {path.stem for path in (RESULTS / landscape.FOLDER).glob("*.jsonl")}
+    measured = {path.stem for path in (RESULTS / figures.FOLDER).glob("*.jsonl")}
     flowers = {
-        run_id(setups.config(landscape.BENCHMARK, method, "small", 0))
+        run_id(setups.config(figures.BENCHMARK, method, "small", 0))
         for method in ("sgd", "lwsam")
     }
     assert measured == flowers
@@ -83,7 +86,7 @@ def test_races_are_found_again():
     if not RESULTS.exists():
         pytest.skip("installed without the results")
     for benchmark in ("cifar10", "flowers"):
-        row = throughput.finished(RESULTS, benchmark, "small")
+        row = race.finished(RESULTS, benchmark, "small")
         assert row is not None
         assert "gsam" not in row["methods"]
         assert row["methods"]["generalized_sam"]["flops"] == pytest.approx(2, abs=0.01)

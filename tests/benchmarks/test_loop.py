@@ -14,14 +14,14 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 import lwsam_jax as lwsam
-from lwsam_bench import checkpoint, loop, run_folder, tasks
-from lwsam_bench._errors import UserError
-from lwsam_bench.cli import _parser
-from lwsam_bench.cli_train import train_config
-from lwsam_bench.config import METHODS, RunOptions
-from lwsam_bench.metrics import read_rows
+from lwsam_bench.commands.cli import _parser
+from lwsam_bench.commands.train import train_config
 from lwsam_bench.models import smallcnn
-from lwsam_bench.tensorboard import Board
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.rows import read_rows
+from lwsam_bench.support.tensorboard import Board
+from lwsam_bench.training import checkpoint, loop, run_folder, tasks
+from lwsam_bench.training.config import METHODS, RunOptions
 
 
 STEPS = 5

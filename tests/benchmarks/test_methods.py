@@ -11,12 +11,16 @@ import optax
 import pytest
 
 import lwsam_jax as lwsam
-from lwsam_bench import methods
-from lwsam_bench._errors import UserError
-from lwsam_bench.cli import _parser
-from lwsam_bench.cli_train import train_config
-from lwsam_bench.config import ASCENTS, METHODS, NORMALIZE, SHAPES, STALE
-from lwsam_bench.training import make_optimizer, make_schedule, weight_decay_in_loss
+from lwsam_bench.commands.cli import _parser
+from lwsam_bench.commands.train import train_config
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.training import methods
+from lwsam_bench.training.config import ASCENTS, METHODS, NORMALIZE, SHAPES, STALE
+from lwsam_bench.training.recipe import (
+    make_optimizer,
+    make_schedule,
+    weight_decay_in_loss,
+)
 
 
 NORMS = jnp.array([3.0, 1.0, 2.0, 5.0])

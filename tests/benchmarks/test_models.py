@@ -10,26 +10,28 @@ import pytest
 from flax import nnx
 
 import lwsam_jax as lwsam
-from lwsam_bench import models
-from lwsam_bench.augment import normalize
-from lwsam_bench.data import Split
+from lwsam_bench.data.augment import normalize
+from lwsam_bench.data.splits import Split
+from lwsam_bench.models import by_name
+from lwsam_bench.models.network import Network
 from lwsam_bench.models.resnet import ResidualBlock
-from lwsam_bench.training import Evaluator, make_loss_fn, make_schedule, Network
+from lwsam_bench.training.evaluation import Evaluator
+from lwsam_bench.training.recipe import make_loss_fn, make_schedule
 
 
 def build(name, shape, **options):
-    model = models.build(name, image_shape=shape, num_classes=10, seed=0, **options)
+    model = by_name.build(name, image_shape=shape, num_classes=10, seed=0, **options)
     return Network.of(model)
 
 
 def shapes(name, num_classes=10, **options):
     """The network of a name with shapes in place of numbers: nothing is compiled."""
     model = nnx.eval_shape(
-        lambda: models.build(
+        lambda: by_name.build(
             name, image_shape=(32, 32, 3), num_classes=num_classes, seed=0, **options
         )
     )
-    return Network.of(model, models.trainable(name))
+    return Network.of(model, by_name.trainable(name))
 
 
 def count(tree):
@@ -88,12 +90,12 @@ def test_only_the_new_layers_of_a_vit_are_trained(name, head, backbone):
 )
 def test_a_name_that_does_not_follow_the_scheme(name):
     with pytest.raises(ValueError, match=r"resnet<depth>w<width>.*wrn<depth>-<width>"):
-        models.build(name, image_shape=(8, 8, 3), num_classes=10, seed=0)
+        by_name.build(name, image_shape=(8, 8, 3), num_classes=10, seed=0)
 
 
 def test_a_frozen_backbone_stays_as_it_is(getkey):
-    model = models.build("vit-tiny", image_shape=(8, 8, 3), num_classes=5, seed=0)
-    network = Network.of(model, models.trainable("vit-tiny"))
+    model = by_name.build("vit-tiny", image_shape=(8, 8, 3), num_classes=5, seed=0)
+    network = Network.of(model, by_name.trainable("vit-tiny"))
     loss_fn = make_loss_fn(network, weight_decay=0.1)
     batch = {"image": jax.random.normal(getkey(), (2, 8, 8, 3)), "label": jnp.arange(2)}
     gradient = jax.jit(jax.grad(loss_fn, has_aux=True))

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from lwsam_bench._errors import UserError
 from lwsam_bench.paper import artefact
 from lwsam_bench.paper.artefact import Artefact, Table
+from lwsam_bench.support.errors import UserError
 
 
 ORIGIN = {

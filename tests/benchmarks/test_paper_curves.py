@@ -7,10 +7,11 @@ from PIL import Image
 from rich.console import Console
 
 import fake_runs
-from lwsam_bench.metrics import read_rows
-from lwsam_bench.paper import curve_plots, curves, setups
-from lwsam_bench.paper.attempts import Result
+from lwsam_bench.paper import setups
+from lwsam_bench.paper.curves import figures, plots as curve_plots
 from lwsam_bench.paper.request import Request
+from lwsam_bench.paper.runs.attempts import Result
+from lwsam_bench.support.rows import read_rows
 
 
 CONSOLE = Console(file=io.StringIO(), width=200)
@@ -20,7 +21,7 @@ MORE = (*fake_runs.LAYERS[:1], "stem/scale", *fake_runs.LAYERS[1:], "dense/bias"
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch):
     monkeypatch.setattr(
-        "lwsam_bench.paper.sweep.attempt",
+        "lwsam_bench.paper.runs.sweep.attempt",
         lambda config, *_: Result("missing data", "not there"),
     )
 
@@ -48,7 +49,7 @@ def check(made, out, *plots):
 
 
 def test_figure1(out):
-    made = curves.figure1(Request("small", out, CONSOLE, seeds=2))
+    made = figures.figure1(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure1-cifar10.png")
     assert [(row["method"], row["epoch"]) for row in rows] == [
         ("sgd", 1),
@@ -61,7 +62,7 @@ def test_figure1(out):
 
 
 def test_figure3(out):
-    made = curves.figure3(Request("small", out, CONSOLE, seeds=2))
+    made = figures.figure3(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure3-cifar10.png")
     assert len(rows) == 4 * 2 * 2
     second = rows[3]
@@ -71,7 +72,7 @@ def test_figure3(out):
 
 
 def test_figure4(out):
-    made = curves.figure4(Request("small", out, CONSOLE, seeds=2))
+    made = figures.figure4(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure4-cifar10.png")
     assert len(rows) == 4 * 2 * 2
     norms = {row["method"]: row["norm"] for row in rows}
@@ -81,7 +82,7 @@ def test_figure4(out):
 
 
 def test_figure5(out):
-    made = curves.figure5(Request("small", out, CONSOLE, seeds=2))
+    made = figures.figure5(Request("small", out, CONSOLE, seeds=2))
     rows = check(made, out, "figure5-cifar10.png")
     assert {row["method"] for row in rows} == {"generalized_sam", "looksam", "lwsam"}
     ours = next(row for row in rows if row["method"] == "lwsam")
@@ -96,10 +97,10 @@ def test_figure5(out):
 
 
 def test_numbers_that_are_not_finite_leave_gaps(tmp_path):
-    assert curves._mean([1.0, None, 3.0]) == 2.0
-    assert curves._mean([None]) is None
-    assert curves._norm({"a": 3.0, "b": 4.0, "c": None}, ["a", "b"]) == 5.0
-    assert curves._norm({"a": 3.0, "c": None}, ["a", "c"]) is None
+    assert figures._mean([1.0, None, 3.0]) == 2.0
+    assert figures._mean([None]) is None
+    assert figures._norm({"a": 3.0, "b": 4.0, "c": None}, ["a", "b"]) == 5.0
+    assert figures._norm({"a": 3.0, "c": None}, ["a", "c"]) is None
     rows = [
         {"method": "sgd", "run": "x", "epoch": epoch, "norm": norm}
         for epoch, norm in ((1, 2.0), (2, None), (3, 1.0))
@@ -109,7 +110,7 @@ def test_numbers_that_are_not_finite_leave_gaps(tmp_path):
 
 
 def test_without_anything_there_is_no_picture(tmp_path):
-    made = curves.figure3(Request("smoke", tmp_path, CONSOLE))
+    made = figures.figure3(Request("smoke", tmp_path, CONSOLE))
     assert made.plots == ()
     assert list(read_rows(tmp_path / "figure3.jsonl")) == []
 

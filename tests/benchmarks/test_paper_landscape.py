@@ -10,13 +10,14 @@ import pytest
 from rich.console import Console
 
 import tiny_task
-from lwsam_bench.augment import normalize
-from lwsam_bench.paper import landscape, landscape_report, setups
-from lwsam_bench.paper.landscape import Extent
-from lwsam_bench.paper.landscape_grid import choose_layers, directions, Images, Plane
-from lwsam_bench.paper.outcome import DONE, FAILED, Outcome
+from lwsam_bench.data.augment import normalize
+from lwsam_bench.paper import setups
+from lwsam_bench.paper.landscape import figures, report
+from lwsam_bench.paper.landscape.figures import Extent
+from lwsam_bench.paper.landscape.grid import choose_layers, directions, Images, Plane
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.sweep import Sweep
+from lwsam_bench.paper.runs.outcome import DONE, FAILED, Outcome
+from lwsam_bench.paper.runs.sweep import Sweep
 
 
 EXTENT = Extent(images=15, steps=(-20, 0, 3))
@@ -49,7 +50,7 @@ def test_directions_are_orthonormal_and_fixed_by_the_name(task):
 
 
 def test_images_are_fixed_and_counted_once(task, monkeypatch):
-    monkeypatch.setattr("lwsam_bench.paper.landscape_grid.CHUNK", 6)
+    monkeypatch.setattr("lwsam_bench.paper.landscape.grid.CHUNK", 6)
     images = Images(task, 15)
     assert images.count == 15
     assert [int(weights.sum()) for _, _, weights in images.chunks] == [6, 6, 3]
@@ -62,7 +63,7 @@ def test_images_are_fixed_and_counted_once(task, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_the_loss_of_the_moved_network(task, monkeypatch, name):
     """Against the whole network, in evaluation mode, with the layer replaced."""
-    monkeypatch.setattr("lwsam_bench.paper.landscape_grid.CHUNK", 6)
+    monkeypatch.setattr("lwsam_bench.paper.landscape.grid.CHUNK", 6)
     (layer,) = [x for x in choose_layers(task, 6) if x.name == name]
     images = Images(task, 15)
     network = task.network
@@ -114,15 +115,15 @@ def trained(monkeypatch):
         return State(task, 1.0 if config.method == "sgd" else 0.5)
 
     monkeypatch.setattr(Sweep, "ensure", ensure)
-    monkeypatch.setattr(landscape.tasks, "make", tiny_task.make)
-    monkeypatch.setattr(landscape.loop, "final_state", final_state)
-    monkeypatch.setattr(landscape, "provenance", lambda: {"commit": None})
-    monkeypatch.setitem(landscape.EXTENTS, "smoke", EXTENT)
+    monkeypatch.setattr(figures.tasks, "make", tiny_task.make)
+    monkeypatch.setattr(figures.loop, "final_state", final_state)
+    monkeypatch.setattr(figures, "provenance", lambda: {"commit": None})
+    monkeypatch.setitem(figures.EXTENTS, "smoke", EXTENT)
     return failed
 
 
 def run(name, out):
-    make = getattr(landscape, name)
+    make = getattr(figures, name)
     artefact = make(Request("smoke", out, Console(file=io.StringIO())))
     artefact.save(out)
     return artefact
@@ -159,13 +160,13 @@ def test_a_landscape_that_was_cut_off_goes_on(tmp_path, trained, monkeypatch):
     again = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row for row in again if row["kind"] != "continued"] == rows
     # All is there: nothing is read.
-    monkeypatch.setattr(landscape.tasks, "make", None)
+    monkeypatch.setattr(figures.tasks, "make", None)
     assert run("figure2", tmp_path).tables == artefact.tables
 
 
 def test_another_extent_is_another_landscape(tmp_path, trained, monkeypatch):
     run("figure2", tmp_path)
-    monkeypatch.setitem(landscape.EXTENTS, "smoke", Extent(images=15, steps=(0, 1)))
+    monkeypatch.setitem(figures.EXTENTS, "smoke", Extent(images=15, steps=(0, 1)))
     artefact = run("figure2", tmp_path)
     assert any("2 x 2 from 0 to 1" in note for note in artefact.notes)
 
@@ -194,9 +195,9 @@ def test_a_run_that_failed_is_told(tmp_path, trained):
 
 def test_increase_is_over_the_middle():
     losses = np.array([[6.0, 2.0], [1.0, np.inf]])
-    surface = landscape_report.Surface({}, (-1, 0), np.where(losses > 9, 7.0, losses))
+    surface = report.Surface({}, (-1, 0), np.where(losses > 9, 7.0, losses))
     assert surface.middle == 7.0
     assert surface.increase() == pytest.approx(4.0 - 7.0)
     assert surface.increase(4.5) == pytest.approx(3.0 - 4.5)
-    surface = landscape_report.Surface({}, (0, 1), losses)
+    surface = report.Surface({}, (0, 1), losses)
     assert not np.isfinite(surface.increase())

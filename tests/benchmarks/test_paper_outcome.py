@@ -6,10 +6,11 @@ import json
 import pytest
 
 import fake_runs
-from lwsam_bench._errors import UserError
-from lwsam_bench.config import TrainConfig
-from lwsam_bench.paper import outcome, setups
-from lwsam_bench.paper.outcome import judge, run_id
+from lwsam_bench.paper import setups
+from lwsam_bench.paper.runs import outcome
+from lwsam_bench.paper.runs.outcome import judge, run_id
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.training.config import TrainConfig
 
 
 CONFIG = setups.config("cifar10", "lwsam", "small", 1)

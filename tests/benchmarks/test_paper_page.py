@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lwsam_bench._errors import UserError
-from lwsam_bench.paper import absent, extras, page, published
+from lwsam_bench.paper import published
 from lwsam_bench.paper.artefact import Artefact, NAMES, Table
-from lwsam_bench.paper.grid import Group, lay_out
+from lwsam_bench.paper.report import absent, extras, page
+from lwsam_bench.paper.report.grid import Group, lay_out
+from lwsam_bench.support.errors import UserError
 
 
 EVIL = "<script>alert('x')</script> & \"quotes\""

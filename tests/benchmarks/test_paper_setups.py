@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 
 import lwsam_jax as lwsam
-from lwsam_bench import cli_paper, methods, models
-from lwsam_bench._errors import UserError
-from lwsam_bench.config import DATASETS
+from lwsam_bench.commands import paper as command
+from lwsam_bench.data.names import DATASETS
+from lwsam_bench.models import by_name
+from lwsam_bench.models.network import Network
 from lwsam_bench.paper import setups, traced
-from lwsam_bench.training import Network
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.training import methods
 
 
 # Table 1 and section 4.2, written down once more.
@@ -75,9 +77,9 @@ def test_the_number_of_layers_is_that_of_the_networks():
         for scale in setups.SCALES
     ]
     for name, expected in {setup.model: setup.layers for setup in every}.items():
-        build = functools.partial(models.build, image_shape=(32, 32, 3), num_classes=7)
+        build = functools.partial(by_name.build, image_shape=(32, 32, 3), num_classes=7)
         model = nnx.eval_shape(lambda build=build, name=name: build(name, seed=0))
-        params = Network.of(model, models.trainable(name)).params
+        params = Network.of(model, by_name.trainable(name)).params
         assert len(lwsam.Layers.of(params)) == expected, name
 
 
@@ -135,4 +137,4 @@ def test_unknown_names():
 def test_setups_are_frozen_and_the_command_line_knows_the_scales():
     with pytest.raises(dataclasses.FrozenInstanceError):
         setups.setup("cifar10", "paper").k = 3
-    assert cli_paper.SCALES == setups.SCALES
+    assert command.SCALES == setups.SCALES

@@ -9,10 +9,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import fake_runs
-from lwsam_bench import cli_paper
-from lwsam_bench.cli import main
-from lwsam_bench.paper import artefact, setups, sweep
-from lwsam_bench.paper.outcome import judge
+from lwsam_bench.commands import paper
+from lwsam_bench.commands.cli import main
+from lwsam_bench.paper import artefact, setups
+from lwsam_bench.paper.runs import sweep
+from lwsam_bench.paper.runs.outcome import judge
 
 
 def run(name, *arguments):
@@ -26,13 +27,13 @@ def run(name, *arguments):
 def no_data(monkeypatch):
     """Nothing that is to be trained has data."""
     monkeypatch.setattr(
-        "lwsam_bench.paper.sweep.attempt",
+        "lwsam_bench.paper.runs.sweep.attempt",
         lambda config, *_: sweep.Result("missing data", f"{config.dataset} is absent"),
     )
 
 
 def test_there_is_a_command_for_each_artefact():
-    assert tuple(cli_paper.COMMANDS) == artefact.NAMES
+    assert tuple(paper.COMMANDS) == artefact.NAMES
 
 
 def test_a_command_saves_its_artefact(tmp_path, no_data):
@@ -59,7 +60,8 @@ def test_failures_are_tried_again_only_if_asked(tmp_path, no_data):
 @pytest.mark.parametrize("code", [130, 143])
 def test_a_signal_is_the_exit_code(tmp_path, monkeypatch, code):
     monkeypatch.setattr(
-        "lwsam_bench.paper.sweep.attempt", lambda *_: sweep.Result("stopped", code=code)
+        "lwsam_bench.paper.runs.sweep.attempt",
+        lambda *_: sweep.Result("stopped", code=code),
     )
     assert run("lm", "--scale", "smoke", "--out", tmp_path)[0] == code
     assert not (tmp_path / "lm.json").exists()

@@ -18,14 +18,14 @@ from rich.console import Console
 
 import fake_runs
 import tiny_task
-from lwsam_bench._errors import UserError
-from lwsam_bench.config import LOG_EVERY, RunOptions, TrainConfig
-from lwsam_bench.metrics import read_rows
-from lwsam_bench.paper import attempts, pool
-from lwsam_bench.paper.attempts import Result
-from lwsam_bench.paper.outcome import judge, record_failure
-from lwsam_bench.paper.sweep import Stopped, Sweep
-from lwsam_bench.stopping import Stop
+from lwsam_bench.paper.runs import attempts, pool
+from lwsam_bench.paper.runs.attempts import Result
+from lwsam_bench.paper.runs.outcome import judge, record_failure
+from lwsam_bench.paper.runs.sweep import Stopped, Sweep
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.rows import read_rows
+from lwsam_bench.support.stopping import Stop
+from lwsam_bench.training.config import LOG_EVERY, RunOptions, TrainConfig
 
 
 CONFIG = TrainConfig(
@@ -68,7 +68,7 @@ def tried(monkeypatch):
         fake_runs.write(out, config)
         return Result("done")
 
-    monkeypatch.setattr("lwsam_bench.paper.sweep.attempt", attempt)
+    monkeypatch.setattr("lwsam_bench.paper.runs.sweep.attempt", attempt)
     return made
 
 
@@ -96,7 +96,7 @@ def test_each_run_is_trained_once_and_failures_and_missing_data_stay(tmp_path, t
 
 def test_a_signal_ends_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "lwsam_bench.paper.sweep.attempt", lambda *_: Result("stopped", code=143)
+        "lwsam_bench.paper.runs.sweep.attempt", lambda *_: Result("stopped", code=143)
     )
     with pytest.raises(Stopped) as stopped:
         sweep(tmp_path)[0].ensure(SEEDS)
@@ -131,7 +131,7 @@ def test_long_runs_leave_fewer_rows(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr("lwsam_bench.tasks.make", tiny_task.make)
+    monkeypatch.setattr("lwsam_bench.training.tasks.make", tiny_task.make)
 
 
 def options(folder):
@@ -148,9 +148,9 @@ def test_an_attempt_tells_what_it_came_to(tmp_path, monkeypatch):
                 raise how
             return how
 
-        monkeypatch.setattr("lwsam_bench.loop.train", train)
+        monkeypatch.setattr("lwsam_bench.training.loop.train", train)
 
-    monkeypatch.setattr("lwsam_bench.tasks.make", tiny_task.make)
+    monkeypatch.setattr("lwsam_bench.training.tasks.make", tiny_task.make)
     ends(0)
     assert ask() == Result("done")
     ends(143)
@@ -173,7 +173,7 @@ def test_an_attempt_tells_what_it_came_to(tmp_path, monkeypatch):
     def missing(*_):
         raise UserError("no data")
 
-    monkeypatch.setattr("lwsam_bench.tasks.make", missing)
+    monkeypatch.setattr("lwsam_bench.training.tasks.make", missing)
     ends(UserError("no data"))
     assert ask() == Result("missing data", "no data")
     assert judge(tmp_path).status == "pending"
@@ -208,12 +208,12 @@ def test_stopped_and_resumed(tmp_path, monkeypatch, tiny):
         return dataclasses.replace(task, batches=batches)
 
     broken, _ = sweep(tmp_path / "broken")
-    monkeypatch.setattr("lwsam_bench.tasks.make", stops)
+    monkeypatch.setattr("lwsam_bench.training.tasks.make", stops)
     with pytest.raises(Stopped) as stopped:
         broken.ensure([config])
     assert stopped.value.code == 143
     assert judge(broken.folder(config)).status == "pending"
-    monkeypatch.setattr("lwsam_bench.tasks.make", tiny_task.make)
+    monkeypatch.setattr("lwsam_bench.training.tasks.make", tiny_task.make)
     found = broken.ensure([config])[config]
     assert found.status == "done"
     assert broken.ensure([config])[config].status == "done"
@@ -236,7 +236,7 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path, monkeypatch, tiny):
 
         return dataclasses.replace(task, evaluate=evaluate)
 
-    monkeypatch.setattr("lwsam_bench.tasks.make", stops)
+    monkeypatch.setattr("lwsam_bench.training.tasks.make", stops)
     made, _ = sweep(tmp_path)
     short = [dataclasses.replace(c, steps=1) for c in SEEDS]
     with pytest.raises(Stopped):

@@ -7,11 +7,12 @@ import pytest
 from rich.console import Console
 
 import fake_runs
-from lwsam_bench.metrics import read_rows
-from lwsam_bench.paper import published, runs, setups, tables
-from lwsam_bench.paper.attempts import Result
-from lwsam_bench.paper.outcome import run_id
+from lwsam_bench.paper import published, setups, tables
 from lwsam_bench.paper.request import Request
+from lwsam_bench.paper.runs import grouped
+from lwsam_bench.paper.runs.attempts import Result
+from lwsam_bench.paper.runs.outcome import run_id
+from lwsam_bench.support.rows import read_rows
 
 
 CONSOLE = Console(file=io.StringIO(), width=200)
@@ -26,7 +27,7 @@ def trained(monkeypatch):
         asked.append(config)
         return Result("missing data", f"{config.dataset} is not there")
 
-    monkeypatch.setattr("lwsam_bench.paper.sweep.attempt", attempt)
+    monkeypatch.setattr("lwsam_bench.paper.runs.sweep.attempt", attempt)
     return asked
 
 
@@ -152,7 +153,7 @@ def test_commands_share_their_runs(tmp_path):
 
         patch = pytest.MonkeyPatch()
         with patch.context() as context:
-            context.setattr(runs, "train", train)
+            context.setattr(grouped, "train", train)
             with pytest.raises(StopIteration):
                 getattr(tables, name)(Request("small", tmp_path, CONSOLE))
         asked[name] = seen["make"]("cifar10", whats, 2)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lwsam_bench._errors import UserError
-from lwsam_bench.paper import theorem1, theorem1_report
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.theorem1_problem import batch_loss, LAYERS, Problem, WIDTH
-from lwsam_bench.row_lock import row_lock
+from lwsam_bench.paper.theorem1 import bound as theorem1, report
+from lwsam_bench.paper.theorem1.problem import batch_loss, LAYERS, Problem, WIDTH
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.row_lock import row_lock
 
 
 LENGTH = theorem1.Length(steps=30, seeds=2)
@@ -190,8 +190,8 @@ def test_the_verdict_follows_from_the_numbers(tmp_path, loss, holds):
     rows = rows_above_and_below(loss)
     # 4 / (10 / 4) (0.7 - E[L]) + 4 (1/2 + 1/16) 0.5 / 4
     expected = 1.6 * (0.7 - loss) + 0.28125
-    assert theorem1_report.bound(rows)[-1] == pytest.approx(expected)
-    artefact = theorem1_report.render(rows, {"edge": "edge"}, "smoke", tmp_path, "-")
+    assert report.bound(rows)[-1] == pytest.approx(expected)
+    artefact = report.render(rows, {"edge": "edge"}, "smoke", tmp_path, "-")
     assert artefact.tables[0].rows[0][-1] == ("yes" if holds else "no")
     assert ("NOT below the bound for k = 0" in artefact.notes[0]) != holds
 

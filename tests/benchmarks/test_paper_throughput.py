@@ -7,12 +7,13 @@ import pytest
 from rich.console import Console
 
 import tiny_task
-from lwsam_bench._errors import UserError
-from lwsam_bench.paper import published, setups, throughput, throughput_report
+from lwsam_bench.paper import published, setups
 from lwsam_bench.paper.request import Request
+from lwsam_bench.paper.throughput import race, report
+from lwsam_bench.support.errors import UserError
 
 
-STEPS = throughput.STEPS["smoke"]
+STEPS = race.STEPS["smoke"]
 
 
 def make_task(config, data_dir, on_record):
@@ -24,7 +25,7 @@ def make_task(config, data_dir, on_record):
 
 def run(out, console=None):
     console = console or Console(file=io.StringIO(), width=200)
-    artefact = throughput.table2(Request("smoke", out, console, seeds=3, jobs=2))
+    artefact = race.table2(Request("smoke", out, console, seeds=3, jobs=2))
     artefact.save(out)
     return artefact
 
@@ -34,7 +35,7 @@ def raced(tmp_path_factory):
     """The artefact of a first run, and its folder."""
     out = tmp_path_factory.mktemp("table2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput.tasks, "make", make_task)
+        patch.setattr(race.tasks, "make", make_task)
         return run(out), out
 
 
@@ -102,7 +103,7 @@ def test_a_race_that_ended_is_not_run_again(raced, monkeypatch):
     def nothing_is_there(config, data_dir, on_record):
         raise UserError(f"{config.dataset} is not there")
 
-    monkeypatch.setattr(throughput.tasks, "make", nothing_is_there)
+    monkeypatch.setattr(race.tasks, "make", nothing_is_there)
     again = run(out)
     assert again.tables[2] == artefact.tables[2]
     # The one that failed is tried again.
@@ -110,31 +111,31 @@ def test_a_race_that_ended_is_not_run_again(raced, monkeypatch):
 
 
 def test_a_race_of_another_setup_is_no_race(raced, monkeypatch):
-    assert throughput.finished(raced[1], "flowers", "smoke")
-    monkeypatch.setitem(throughput.STEPS, "smoke", STEPS + 1)
-    assert throughput.finished(raced[1], "flowers", "smoke") is None
+    assert race.finished(raced[1], "flowers", "smoke")
+    monkeypatch.setitem(race.STEPS, "smoke", STEPS + 1)
+    assert race.finished(raced[1], "flowers", "smoke") is None
 
 
 def test_a_race_of_other_methods_is_no_race(raced, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(setups, "LABELS", {**setups.LABELS, "sam": "SAM"})
-        assert throughput.finished(raced[1], "flowers", "smoke") is None
+        assert race.finished(raced[1], "flowers", "smoke") is None
     cheaper = {**setups._RULES[setups.RECOMMENDED], "mean_overhead": 0.3}
     monkeypatch.setitem(setups._RULES, setups.RECOMMENDED, cheaper)
-    assert throughput.finished(raced[1], "flowers", "smoke") is None
+    assert race.finished(raced[1], "flowers", "smoke") is None
 
 
 def test_table_4_finds_each_of_its_k_in_the_race(raced):
     """Smoke has but those of Table 1."""
-    assert set(throughput.configs("cifar10", "smoke")) == set(setups.LABELS)
-    wanted = throughput.configs("cifar10", "paper")
+    assert set(race.configs("cifar10", "smoke")) == set(setups.LABELS)
+    wanted = race.configs("cifar10", "paper")
     assert {x: wanted[x].k for x in wanted if x not in setups.LABELS} == {
         "lwsam, k = 1": 1,
         "lwsam, k = 2": 2,
         "lwsam, k = 8": 8,
     }
     setup = setups.setup("flowers", "smoke")
-    lanes = [throughput.lane_of(setup, k) for k in (1, 2, 8, 10, "all")]
+    lanes = [race.lane_of(setup, k) for k in (1, 2, 8, 10, "all")]
     assert lanes == [
         "lwsam, k = 1",
         "lwsam",
@@ -142,23 +143,20 @@ def test_table_4_finds_each_of_its_k_in_the_race(raced):
         "generalized_sam",
         "generalized_sam",
     ]
-    row = throughput.finished(raced[1], "flowers", "smoke")
-    assert (
-        throughput_report.speed(row, "lwsam")
-        == throughput_report._ours(row, "lwsam")[0]
-    )
-    assert throughput_report.speed(row, "lwsam, k = 8") == ""
-    assert throughput_report.speed(None, "sgd") == ""
-    assert throughput_report.speed({"failed": "of memory"}, "sgd") == ""
+    row = race.finished(raced[1], "flowers", "smoke")
+    assert report.speed(row, "lwsam") == report._ours(row, "lwsam")[0]
+    assert report.speed(row, "lwsam, k = 8") == ""
+    assert report.speed(None, "sgd") == ""
+    assert report.speed({"failed": "of memory"}, "sgd") == ""
 
 
 def test_time_is_unknown_where_every_step_compiled():
     row = rows_with_time(None)
-    assert throughput_report._ours(row, "sgd") == ("–", "–", "–", "1.50 ×")
+    assert report._ours(row, "sgd") == ("–", "–", "–", "1.50 ×")
     row = rows_with_time(float("nan"))
-    assert throughput_report._ours(row, "sgd") == ("–", "–", "–", "1.50 ×")
+    assert report._ours(row, "sgd") == ("–", "–", "–", "1.50 ×")
     row = rows_with_time(1.25)
-    assert throughput_report._ours(row, "sgd") == (
+    assert report._ours(row, "sgd") == (
         "1,235",
         "80%",
         "50% to 100%",

@@ -12,11 +12,13 @@ import pytest
 from rich.console import Console
 
 import lwsam_jax as lwsam
-from lwsam_bench import cli_cost, docs_page, pareto, pareto_report
-from lwsam_bench._errors import UserError
-from lwsam_bench.methods import with_radius
-from lwsam_bench.metrics import read_rows
-from lwsam_bench.pareto_methods import configure, LADDER, METHODS
+from lwsam_bench.commands import pareto as command
+from lwsam_bench.comparison import pareto, pareto_report
+from lwsam_bench.comparison.pareto_methods import configure, LADDER, METHODS
+from lwsam_bench.pages import docs
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.rows import read_rows
+from lwsam_bench.training.methods import with_radius
 
 
 CONFIG = pareto.ParetoConfig(
@@ -100,9 +102,7 @@ def test_rendering_trains_nothing(finished, tmp_path):
 
 def test_the_page_of_the_documentation_is_brought_up_to_date(finished, tmp_path):
     page = tmp_path / "pareto.md"
-    page.write_text(
-        "# Title\n\n{}\nold\n{}\n\nend\n".format(*docs_page.marks("pareto"))
-    )
+    page.write_text("# Title\n\n{}\nold\n{}\n\nend\n".format(*docs.marks("pareto")))
     rows = {"digits": list(read_rows(finished / "digits.jsonl"))}
     for _ in range(2):
         pareto_report.render(rows, tmp_path, str(tmp_path))
@@ -130,7 +130,7 @@ def test_methods():
 
 
 def test_command_line_knows_the_datasets():
-    assert cli_cost.PARETO_DATASETS == tuple(pareto.TASKS)
+    assert command.PARETO_DATASETS == tuple(pareto.TASKS)
 
 
 def test_a_train_step_takes_its_radius_from_the_state():

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lwsam_bench import data, pipeline
-from lwsam_bench.augment import Batches
-from lwsam_bench.data import Split
+from lwsam_bench.data import pipeline, splits
+from lwsam_bench.data.augment import Batches
+from lwsam_bench.data.splits import Split
 
 
 def split(size=23):
@@ -30,9 +30,9 @@ def make(augment):
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_batches_are_the_same(augment, monkeypatch):
-    monkeypatch.setattr(data, "DEVICE_BYTES", split().images.nbytes)
+    monkeypatch.setattr(splits, "DEVICE_BYTES", split().images.nbytes)
     device = make(augment)
-    monkeypatch.setattr(data, "DEVICE_BYTES", split().images.nbytes - 1)
+    monkeypatch.setattr(splits, "DEVICE_BYTES", split().images.nbytes - 1)
     host = make(augment)
     assert type(device) is Batches
     assert isinstance(host, pipeline.HostBatches)
@@ -42,7 +42,7 @@ def test_the_batches_are_the_same(augment, monkeypatch):
 
 
 def test_batches_are_gathered_ahead(monkeypatch):
-    monkeypatch.setattr(data, "DEVICE_BYTES", 0)
+    monkeypatch.setattr(splits, "DEVICE_BYTES", 0)
     host = make(False)
     gather, seen, enough = host._gather, [], threading.Event()
 

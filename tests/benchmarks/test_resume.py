@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lwsam_bench.stopping import Stop
+from lwsam_bench.support.stopping import Stop
 
 
 STEPS = 60

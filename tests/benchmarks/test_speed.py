@@ -12,18 +12,13 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lwsam_bench import (
-    cli_cost,
-    docs_page,
-    flops,
-    speed,
-    speed_limits,
-    text,
-    workloads,
-)
-from lwsam_bench._errors import UserError
+from lwsam_bench.commands import speed as command
+from lwsam_bench.data import text
 from lwsam_bench.models.gpt import GPT
-from lwsam_bench.racers import (
+from lwsam_bench.pages import docs
+from lwsam_bench.speed import flops, limits, prices, workloads
+from lwsam_bench.speed.race import Lane, race, timing
+from lwsam_bench.speed.racers import (
     budget,
     everyone,
     MOMENTUM_SAM,
@@ -35,7 +30,7 @@ from lwsam_bench.racers import (
     SGD,
     TENTH,
 )
-from lwsam_bench.speed_race import Lane, race, timing
+from lwsam_bench.support.errors import UserError
 
 
 SMALL = budget(0.10)
@@ -46,9 +41,9 @@ METHODS = (SGD, OPTAX_SAM, SMALL, TENTH, NOISE)
 def measured(tmp_path_factory):
     """A few steps of some methods on the digits; the folder of the results."""
     out = tmp_path_factory.mktemp("speed")
-    config = dataclasses.replace(speed.SMOKE, only=dict.fromkeys(METHODS, 4), burst=2)
+    config = dataclasses.replace(prices.SMOKE, only=dict.fromkeys(METHODS, 4), burst=2)
     console = Console(file=io.StringIO(), width=200)
-    assert speed.run(config, None, str(out), None, console) == 0
+    assert prices.run(config, None, str(out), None, console) == 0
     return out
 
 
@@ -93,12 +88,10 @@ def test_tables_come_from_the_rows_alone(measured, tmp_path):
     (tmp_path / "speed.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
     (tmp_path / "images").mkdir()
     page = tmp_path / "cost.md"
-    page.write_text(
-        "# Cost\n\n{}\n\nold\n{}\n\nend\n".format(*docs_page.marks("speed"))
-    )
+    page.write_text("# Cost\n\n{}\n\nold\n{}\n\nend\n".format(*docs.marks("speed")))
     console = Console(file=io.StringIO(), width=200)
-    arguments = (speed.SMOKE, None, str(tmp_path), str(tmp_path), console)
-    assert speed.run(*arguments, render_only=True) == 0
+    arguments = (prices.SMOKE, None, str(tmp_path), str(tmp_path), console)
+    assert prices.run(*arguments, render_only=True) == 0
     text = page.read_text()
     shown = [line for line in text.splitlines() if not line.startswith("![")]
     told = (tmp_path / "speed-table.md").read_text().splitlines()
@@ -110,7 +103,7 @@ def test_tables_come_from_the_rows_alone(measured, tmp_path):
     assert "old" not in text
     page.write_text("no marks")
     with pytest.raises(UserError, match="generated: speed"):
-        speed.run(*arguments, render_only=True)
+        prices.run(*arguments, render_only=True)
 
 
 def test_methods_are_those_of_the_table():
@@ -122,17 +115,17 @@ def test_methods_are_those_of_the_table():
 
 
 def test_the_check_runs_what_has_a_limit():
-    config = speed.check()
-    assert set(config.only) == set(speed_limits.METHODS)
+    config = prices.check()
+    assert set(config.only) == set(limits.METHODS)
     assert set(config.only) <= {racer.label for racer in everyone()}
     assert config.only[PAPER] == 400
-    assert {config.only[name] for name in speed_limits.TIMED} == {50}
-    assert speed.check(80).only == {**dict.fromkeys(speed_limits.TIMED, 10), PAPER: 80}
+    assert {config.only[name] for name in limits.TIMED} == {50}
+    assert prices.check(80).only == {**dict.fromkeys(limits.TIMED, 10), PAPER: 80}
 
 
 def test_command_line_knows_the_models():
-    assert set(cli_cost.SPEED_MODELS) == set(workloads.WORKLOADS)
-    assert set(speed.MODELS) < set(workloads.WORKLOADS)
+    assert set(command.SPEED_MODELS) == set(workloads.WORKLOADS)
+    assert set(prices.MODELS) < set(workloads.WORKLOADS)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +245,7 @@ def rows_of_a_check(price=None, **changes):
 
 
 def test_check_passes_where_all_limits_are_kept():
-    assert all(figure.holds for figure in speed_limits.figures(rows_of_a_check()))
+    assert all(figure.holds for figure in limits.figures(rows_of_a_check()))
 
 
 @pytest.mark.parametrize(
@@ -283,23 +276,23 @@ def test_check_passes_where_all_limits_are_kept():
     ],
 )
 def test_check_finds_a_broken_limit(method, change):
-    figures = speed_limits.figures(rows_of_a_check(**{method: change}))
+    figures = limits.figures(rows_of_a_check(**{method: change}))
     assert not all(figure.holds for figure in figures)
-    assert "missed" in speed_limits.table(figures)
+    assert "missed" in limits.table(figures)
 
 
 def test_a_check_is_rows_and_a_verdict(measured, tmp_path, monkeypatch):
     """All but the measuring itself: the rows are those of another race."""
     row = json.loads((measured / "speed.jsonl").read_text().splitlines()[2])
     fine = {"time": 1.0, "host_us": 100.0, "memory": 1.0, "flops_xla": row["flops"]}
-    rows = [{**row, **fine, "method": name} for name in speed_limits.METHODS]
+    rows = [{**row, **fine, "method": name} for name in limits.METHODS]
     rows[1]["time"] = 1.8
-    monkeypatch.setattr(speed, "measure", lambda *args: rows)
+    monkeypatch.setattr(prices, "measure", lambda *args: rows)
     result = lambda case: flops.Result(case, 1, 1.0)
     monkeypatch.setattr(flops, "measure", lambda batch_size, cases: map(result, cases))
-    config = dataclasses.replace(speed.check(8), models=("smallcnn",), batch_size=10)
+    config = dataclasses.replace(prices.check(8), models=("smallcnn",), batch_size=10)
     console = Console(file=io.StringIO(), width=200)
-    run = lambda **more: speed.run(config, None, str(tmp_path), None, console, **more)
+    run = lambda **more: prices.run(config, None, str(tmp_path), None, console, **more)
     assert run() == 0
     text = (tmp_path / "speed-check-table.md").read_text()
     assert "| last layer (dense): FLOPs | 1 | ≤ 1.0005 | kept |" in text
@@ -314,7 +307,7 @@ def test_a_check_is_rows_and_a_verdict(measured, tmp_path, monkeypatch):
 def test_rows_of_an_earlier_check_are_no_check():
     rows = [row for row in rows_of_a_check() if row.get("method") != TENTH]
     with pytest.raises(UserError, match=f"missing: {TENTH}"):
-        speed_limits.figures(rows)
+        limits.figures(rows)
 
 
 def test_text_batches_follow_from_seed_and_step():

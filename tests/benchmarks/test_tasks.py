@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lwsam_bench import data, loop, pipeline, tasks, text, training
-from lwsam_bench._errors import UserError
-from lwsam_bench.cli import _parser
-from lwsam_bench.cli_train import train_config
-from lwsam_bench.config import RunOptions
-from lwsam_bench.metrics import read_rows
+from lwsam_bench.commands.cli import _parser
+from lwsam_bench.commands.train import train_config
+from lwsam_bench.data import pipeline, sources, splits, text
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.rows import read_rows
+from lwsam_bench.training import evaluation, loop, recipe, tasks
+from lwsam_bench.training.config import RunOptions
 
 
 def config(*arguments):
@@ -87,7 +88,7 @@ def test_a_vit_wants_three_channels():
 
 
 def test_missing_weights_are_said_before_data_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", None)
+    monkeypatch.setattr(sources, "load", None)
     wanted = config("--dataset", "cifar100", "--model", "vit-b16")
     with pytest.raises(UserError, match="--weights"):
         tasks.make(wanted, str(tmp_path))
@@ -96,7 +97,7 @@ def test_missing_weights_are_said_before_data_are_read(tmp_path, monkeypatch):
 def test_images_may_stay_on_the_host(blobs, monkeypatch):
     wanted = config("--dataset", blobs, "--model", "wrn10-1", *TINY)
     on_device = tasks.make(wanted, None)
-    monkeypatch.setattr(data, "DEVICE_BYTES", 100)
+    monkeypatch.setattr(splits, "DEVICE_BYTES", 100)
     on_host = tasks.make(wanted, None)
     assert isinstance(on_host.batches, pipeline.HostBatches)
     jax.tree.map(
@@ -159,7 +160,7 @@ def test_perplexity_counts_each_character_but_the_first_once():
     hits = np.mean(table[given].argmax(1) == following)
     network = Bigram(jax.numpy.asarray(table))
     for length, batch_size in ((5, 4), (47, 1), (10, 100), (8, 3)):
-        evaluate = text.TextEvaluator(
+        evaluate = evaluation.TextEvaluator(
             network, characters, length=length, batch_size=batch_size
         )
         result = evaluate(1.0, {})
@@ -174,7 +175,7 @@ def test_loss_of_the_next_character(smoothing):
     table = rng.normal(size=(5, 5)).astype(np.float32)
     batch = {name: rng.integers(0, 5, (3, 4)) for name in ("text", "next")}
     network = Bigram(jax.numpy.asarray(table))
-    loss_fn = training.next_character_loss(
+    loss_fn = recipe.next_character_loss(
         network, weight_decay=0.5, label_smoothing=smoothing
     )
     params = jax.numpy.full((1, 1), 2.0)  # of rank 2, hence decayed

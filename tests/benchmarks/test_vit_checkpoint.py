@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from safetensors import numpy as safetensors
 
-from lwsam_bench import vit_checkpoint
-from lwsam_bench._errors import UserError
-from lwsam_bench.cli import _parser
-from lwsam_bench.cli_train import train_config
+from lwsam_bench.commands.cli import _parser
+from lwsam_bench.commands.train import train_config
 from lwsam_bench.models.finetune import FineTunedViT
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.training import vit_checkpoint
 
 
 WIDTH, DEPTH, HEADS, PATCH, SIZE = 12, 2, 3, 4, 8

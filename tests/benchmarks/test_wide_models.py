@@ -10,9 +10,9 @@ from flax import nnx
 
 import lwsam_jax as lwsam
 from lwsam_bench.models.gpt import GPT
+from lwsam_bench.models.network import Network
 from lwsam_bench.models.vit import ViT
 from lwsam_bench.models.wrn import WideResNet
-from lwsam_bench.training import Network
 
 
 def layers_and_parameters(make):

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from lwsam_bench import report
-from lwsam_bench._errors import UserError
-from lwsam_bench.metrics import write_json, write_text
+from lwsam_bench.pages import report
 from lwsam_bench.paper import setups
+from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.rows import write_json, write_text
 
 
 # In the order of a report. What has not run has no title of its own yet.

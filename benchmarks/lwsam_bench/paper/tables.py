@@ -8,21 +8,15 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from lwsam_bench.config import TrainConfig
-from lwsam_bench.metrics import write_rows
-from lwsam_bench.paper import (
-    artefact,
-    published,
-    runs,
-    setups,
-    throughput,
-    throughput_report,
-    traced,
-)
+from lwsam_bench.paper import artefact, published, setups, traced
 from lwsam_bench.paper.artefact import Artefact, Table
-from lwsam_bench.paper.outcome import Outcome
 from lwsam_bench.paper.request import Request
-from lwsam_bench.paper.runs import Runs
+from lwsam_bench.paper.runs import grouped
+from lwsam_bench.paper.runs.grouped import Runs
+from lwsam_bench.paper.runs.outcome import Outcome
+from lwsam_bench.paper.throughput import race as throughput, report
+from lwsam_bench.support.rows import write_rows
+from lwsam_bench.training.config import TrainConfig
 
 
 CRITERIA: Mapping[str, str] = {
@@ -58,7 +52,7 @@ def table1(request: Request) -> Artefact:
     def make(benchmark: str, what: str, seed: int) -> TrainConfig:
         return setups.config(benchmark, what, scale, seed)
 
-    found = runs.train(
+    found = grouped.train(
         make,
         setups.BENCHMARKS,
         setups.LABELS,
@@ -75,7 +69,7 @@ def table1(request: Request) -> Artefact:
             )
             for what in setups.LABELS
         ]
-        name = f"{runs.title(benchmark, scale)}, {setup.model}"
+        name = f"{grouped.title(benchmark, scale)}, {setup.model}"
         tables.append(_table(name, "method", rows))
     extra = "In brackets: LookSAM's interval, and the k of layer-wise SAM."
     notes = (_OURS, _FLOPS, extra, setups.BEYOND, *_traced(found))
@@ -91,7 +85,7 @@ def table3(request: Request) -> Artefact:
             return setups.config(benchmark, "sgd", scale, seed)
         return setups.config(benchmark, "lwsam", scale, seed, criterion=criterion)
 
-    found = runs.train(
+    found = grouped.train(
         make,
         BENCHMARKS,
         CRITERIA,
@@ -108,7 +102,7 @@ def table3(request: Request) -> Artefact:
             )
             for what, label in CRITERIA.items()
         ]
-        name = f"{runs.title(benchmark, scale)}, {setup.model}, k = {setup.k}"
+        name = f"{grouped.title(benchmark, scale)}, {setup.model}, k = {setup.k}"
         tables.append(_table(name, "criterion", rows))
     return _artefact("table3", request, found, tables, (_OURS, _FLOPS))
 
@@ -122,7 +116,7 @@ def table4(request: Request) -> Artefact:
             return setups.config(benchmark, "generalized_sam", scale, seed)
         return setups.config(benchmark, "lwsam", scale, seed, k=k)
 
-    found = runs.train(
+    found = grouped.train(
         make,
         BENCHMARKS,
         published.KS,
@@ -141,7 +135,7 @@ def table4(request: Request) -> Artefact:
                 (
                     str(k),
                     *_measured(found, benchmark, k),
-                    throughput_report.speed(race, lane),
+                    report.speed(race, lane),
                     published.accuracy(mean, spread),
                     f"{speed:.1f}",
                 )
@@ -152,9 +146,9 @@ def table4(request: Request) -> Artefact:
         many = (
             f"{setup.model} has {setup.layers} layers: k = {', '.join(beyond)} is all."
         )
-        notes = ((many,) if beyond else ()) + throughput_report.how(race)[:1]
+        notes = ((many,) if beyond else ()) + report.how(race)[:1]
         races += [race["origin"]] if race else []
-        name = f"{runs.title(benchmark, scale)}, {setup.model}"
+        name = f"{grouped.title(benchmark, scale)}, {setup.model}"
         header = ("k", *_OURS_OF, "images/s", "published", "published, images/s")
         tables.append(Table(name, header, tuple(rows), notes))
     extra = (
@@ -174,13 +168,13 @@ def lm(request: Request) -> Artefact:
         _, method, changes = _LM[what]
         return setups.config(benchmark, method, request.scale, seed, **changes)
 
-    found = runs.train(make, ["lm"], _LM, request)
+    found = grouped.train(make, ["lm"], _LM, request)
     setup = setups.setup("lm", request.scale)
     rows = [
         (
             label,
             found.cell("lm", what, perplexity, _three_digits),
-            found.mean("lm", what, runs.flops, runs.times),
+            found.mean("lm", what, grouped.flops, grouped.times),
             found.seeds("lm", what),
             "",
         )
@@ -211,8 +205,8 @@ def perplexity(outcome: Outcome) -> float:
 
 def _measured(found: Runs, benchmark: str, what: Hashable) -> tuple[str, str, str]:
     return (
-        found.cell(benchmark, what, runs.accuracy, runs.percent),
-        found.mean(benchmark, what, runs.flops, runs.times),
+        found.cell(benchmark, what, grouped.accuracy, grouped.percent),
+        found.mean(benchmark, what, grouped.flops, grouped.times),
         found.seeds(benchmark, what),
     )
 

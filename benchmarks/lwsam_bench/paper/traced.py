@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import lwsam_jax as lwsam
-from lwsam_bench import models
+from lwsam_bench.models import by_name
+from lwsam_bench.models.network import Network
 from lwsam_bench.paper import setups
-from lwsam_bench.training import Network
 
 
 # Shape of an input and number of outputs, as the datasets have them.
@@ -39,11 +39,11 @@ def sizes(benchmarks: tuple[str, ...]) -> str:
 def _size(setup: setups.Setup) -> str:
     shape, outputs = _IMAGES.get(setup.dataset, _TEXT)
     model = nnx.eval_shape(
-        lambda: models.build(
+        lambda: by_name.build(
             setup.model, image_shape=shape, num_classes=outputs, seed=0
         )
     )
-    network = Network.of(model, models.trainable(setup.model))
+    network = Network.of(model, by_name.trainable(setup.model))
     dtype = jnp.float32 if setup.dataset in _IMAGES else jnp.int32
     batch = jax.ShapeDtypeStruct((setup.batch_size, *shape), dtype)
     logits, _ = jax.eval_shape(

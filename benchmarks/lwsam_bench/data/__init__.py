@@ -1,0 +1,1 @@
+"""Datasets: read, decoded, corrupted, and cut into the batches of a step."""

@@ -1,0 +1,1 @@
+"""Figures 1, 3, 4 and 5: what happens in training."""

@@ -1,0 +1,1 @@
+"""Theorem 1, measured on a problem whose constants are known."""

@@ -1,0 +1,1 @@
+"""Table 2: images a second of each method."""

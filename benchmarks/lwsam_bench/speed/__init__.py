@@ -1,0 +1,1 @@
+"""What a step costs: FLOPs, time, memory and compiling, measured or traced."""

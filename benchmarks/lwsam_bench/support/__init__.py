@@ -1,0 +1,1 @@
+"""What every room uses: errors, rows in files, progress, provenance, caches."""

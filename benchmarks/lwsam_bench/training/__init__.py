@@ -1,0 +1,1 @@
+"""A training run: its configuration, its steps, its checkpoints and its rows."""

@@ -1,0 +1,1 @@
+"""One protocol that tunes all methods alike, and its rows."""
