@@ -26,6 +26,7 @@ from ._loops.plan import LayerwiseGrad
 from ._loops.refresh import refresh
 from ._loops.state import MethodState, selection, value
 from ._loops.transform import as_optax
+from ._measure.sharpness import Measures, Sharpness, sharpness
 from ._method import Method
 from ._presets.ascent.async_sam import async_sam
 from ._presets.ascent.momentum_sam import momentum_sam
@@ -57,11 +58,13 @@ __all__ = [
     "Layers",
     "LayerwiseGrad",
     "LayerwiseSAM",
+    "Measures",
     "Method",
     "MethodState",
     "PerturbedState",
     "Stale",
     "Priced",
+    "Sharpness",
     "StepCost",
     "StepInfo",
     "TrainState",
@@ -107,6 +110,7 @@ __all__ = [
     "sam_on",
     "selection",
     "sharpest",
+    "sharpness",
     "step_cost",
     "surrogate_gap",
     "top_k",

@@ -27,6 +27,7 @@ HOUSE = (
     ("_axes",),
     ("_method",),
     ("_loops",),
+    ("_measure",),
     ("_train",),
     ("_presets",),
     ("__init__",),
@@ -51,6 +52,10 @@ FOLDERS = {
         ("held", "passes"),
         ("functional",),
         ("perturbed", "transform"),
+    ),
+    "_measure": (
+        ("__init__", "lanczos"),
+        ("sharpness",),
     ),
     "_train": (
         ("__init__", "devices", "executables", "step_checks"),
