@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 
 import chex
 import jax
@@ -160,18 +159,61 @@ print("finite", float(info.value))
 """
 
 
-def test_jax_debug_infs_finds_nothing_of_ours_in_a_fresh_process():
-    """The flags act on what is made and compiled after them."""
+def in_a_fresh_process(program):
+    """What a program prints; debug flags act on what is made and compiled after them."""
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DEBUG)],
+        [sys.executable, "-c", program],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("finite")
+    return done.stdout
+
+
+def test_jax_debug_infs_finds_nothing_of_ours_in_a_fresh_process():
+    assert in_a_fresh_process(DEBUG).startswith("finite")
+
+
+# --- the line of a NaN ----------------------------------------------------------------
+
+LINE = """
+import jax, jax.numpy as jnp, optax, traceback, lwsam_jax as lwsam
+params = {"w1": jnp.eye(1, 4), "w2": jnp.ones((4, 1))}
+x = jnp.linspace(-1.0, 1.0, 8)[:, None]
+def loss(p):
+    h = x @ p["w1"]
+    h = jnp.sqrt(h)
+    return jnp.mean((h @ p["w2"]) ** 2)
+def step_loss(p, model_state, batch, key):
+    return loss(p), (model_state, {})
+jax.config.update("jax_debug_nans", True)
+tx = lwsam.layerwise_sam(k=1, rho=0.1, alpha=1.0)
+state = tx.init(params)
+step = lwsam.TrainStep(step_loss, optax.sgd(0.1), lwsam.sam(0.1))
+train_state = step.init(params, {}, x, key=jax.random.key(0))
+for run in (
+    jax.jit(lwsam.value_and_grad(loss, ("w2",), rho=0.1, alpha=1.0)),
+    jax.jit(lambda p: tx.update(p, state, p, value_fn=loss, selection=("w2",))),
+    lambda p: step(train_state, x),
+):
+    try:
+        run(params)
+        print("nothing raised")
+    except FloatingPointError as error:
+        own = [t for t in traceback.extract_tb(error.__traceback__) if t.name == "loss"]
+        print(own[-1].lineno, "sqrt" in str(error))
+"""
+
+
+def test_jax_debug_nans_names_the_line_of_the_user():
+    """Whose square root has a negative argument; the split runs it from a jaxpr."""
+    lines = in_a_fresh_process(LINE).splitlines()
+    found = [line for line in lines if not line.startswith("Invalid nan")]  # JAX's own
+    culprit = 1 + LINE.splitlines().index("    h = jnp.sqrt(h)")
+    assert found == [f"{culprit} True"] * 3
 
 
 # --- what a loop keeps ----------------------------------------------------------------

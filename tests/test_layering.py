@@ -58,7 +58,7 @@ FOLDERS = {
         ("sharpness",),
     ),
     "_train": (
-        ("__init__", "devices", "executables", "step_checks"),
+        ("__init__", "devices", "executables", "skipping", "step_checks"),
         ("budget", "study"),
         ("one_step",),
         ("step",),

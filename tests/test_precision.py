@@ -217,3 +217,38 @@ def test_a_bare_array_is_a_tree_of_one_layer():
         lambda w: jnp.sum(w**2), layers.names, rho=0.1, alpha=1.0
     )(w)
     np.testing.assert_allclose(out.grads, 2 * 1.2 * np.ones((2, 2)), rtol=1e-6)
+
+
+LOW_METHODS = {
+    "layerwise": lambda: lwsam.LayerwiseSAM(k=1, rho=0.1, alpha=0.8),
+    "sam": lambda: lwsam.sam(0.1),
+    "asam": lambda: lwsam.asam(0.1),
+    "gsam": lambda: lwsam.gsam(0.1, 0.4),
+    "looksam": lambda: lwsam.looksam(0.1),
+    "friendly_sam": lambda: lwsam.friendly_sam(0.1),
+    "momentum": lambda: lwsam.Method(
+        lwsam.everything(), rho=0.1, ascent=lwsam.momentum(), shape=lwsam.relative()
+    ),
+    "previous": lambda: lwsam.Method(
+        lwsam.everything(), rho=0.1, ascent=lwsam.previous()
+    ),
+    "chain": lambda: lwsam.Method(
+        lwsam.everything(),
+        rho=0.1,
+        shape=optax.chain(optax.ema(0.9), lwsam.normalized()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOW_METHODS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_state_keeps_its_dtypes_in_every_step(name, dtype):
+    """Or a scan could not carry it, and a loop would compile twice."""
+    params = {"v": jnp.ones((4, 3), dtype), "w": jnp.ones((3, 2), dtype)}
+    loss = lambda p: jnp.sum((p["v"] @ p["w"]).astype(jnp.float32) ** 2)
+    tx = lwsam.as_optax(LOW_METHODS[name]())
+    state = tx.init(params)
+    updates, after = jax.eval_shape(
+        lambda p, s: tx.update(p, s, p, value_fn=loss), params, state
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))

@@ -106,7 +106,7 @@ def test_the_state_keeps_structure_shapes_and_dtypes():
     chex.assert_trees_all_equal_shapes_and_dtypes(record[0][1], last)
     chex.assert_trees_all_equal_structs(record[0][1], last)
     fields = ("params", "model_state", "opt_state", "method_state")
-    fields += ("hyperparams", "key", "step")
+    fields += ("hyperparams", "key", "step", "skipped")
     assert last._fields[: len(fields)] == fields
 
 

@@ -21,6 +21,7 @@ from .._engine.rules import leaves as every_leaf, weights
 from .._method import Method
 from . import held, state as _state
 from .held import PerturbedState
+from .plan import first_of_shape
 from .static import register_with_flax, Static
 
 
@@ -115,7 +116,7 @@ def perturbed(
             step_count=jnp.zeros((), jnp.int32),
             base=inner,
             ascent=() if is_plain else ascent.init(params, inner),
-            shape=shape.init(params),
+            shape=first_of_shape(shape, params),
             factors=jnp.zeros((sum(held.count_factors(parts, leaves)),), dtype),
             # Copies: a loop may donate its parameters and this state together.
             kept=jax.tree.map(jnp.copy, held.keep(parts, params)),
@@ -170,10 +171,9 @@ def perturbed(
         )
         radius = after.hyperparams.get("rho", rho)
         moved, after = held.perturb(parts, after, own, radius)
-        step = lambda new, old: _tree.wide(new) - _tree.wide(old)
         pairs = zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True)
         final = [
-            step(new, old) if at >= 0 else u
+            _step(u, new, old) if at >= 0 else u
             for at, u, (new, old) in zip(
                 layers.leaf_layer, jax.tree.leaves(found), pairs, strict=True
             )
@@ -184,6 +184,16 @@ def perturbed(
         init_fn,  # pyright: ignore[reportArgumentType]
         update_fn,  # pyright: ignore[reportArgumentType]
     )
+
+
+def _step(base: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the update from old to new, of the dtype that the base optimizer's has.
+
+    Wrappers such as `optax.apply_if_finite` rely on that dtype. Never below that of the
+    parameter: what is not kept must arrive as it was computed.
+    """
+    dtype = jnp.promote_types(base.dtype, new.dtype)
+    return (_tree.wide(new) - _tree.wide(old)).astype(dtype)
 
 
 def _choose(method: Method, layers: Layers, grads: Any, count: Any) -> jax.Array:

@@ -121,4 +121,11 @@ def remember(method: Method, layers: Layers, params: Any) -> Memory:
     kept: Any = ()
     if method.gate is not None:
         kept = method.gate.init(_tree.accumulation_dtype(*leaves))
-    return Memory(method.shape.init(params), method.combine.init(members), kept)
+    return Memory(
+        first_of_shape(method.shape, params), method.combine.init(members), kept
+    )
+
+
+def first_of_shape(shape: Any, params: Any) -> Any:
+    """Returns the first state of a shape, of the precision that it sees."""
+    return shape.init(jax.tree.map(_tree.wide, params))

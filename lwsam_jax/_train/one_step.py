@@ -18,6 +18,7 @@ from .._loops.state import MethodState
 from .._method import Method
 from . import budget as _budget
 from .devices import Devices
+from .skipping import held_back
 from .study import Study
 
 
@@ -37,7 +38,8 @@ class TrainState(NamedTuple):
         for float64 parameters): a loop sets them between steps. Of a schedule, what the
         last step had.
       key: PRNG key of the run; constant, each step folds its number in.
-      step: int32[], steps done.
+      step: int32[], steps done, those that were skipped among them.
+      skipped: int32[], how many were: 0 unless `on_nonfinite="skip"`.
     """
 
     params: Any
@@ -47,6 +49,7 @@ class TrainState(NamedTuple):
     hyperparams: Any
     key: jax.Array
     step: jax.Array
+    skipped: jax.Array
 
 
 class StepInfo(NamedTuple):
@@ -66,6 +69,7 @@ class StepInfo(NamedTuple):
         by the cost model of `lwsam.step_cost`.
       mean_overhead: f32[], its mean over all steps of the state.
       finite: bool[], whether both values and the gradient are finite.
+      skipped: int32[], how many steps of the run were skipped, this one included.
     """
 
     value: jax.Array
@@ -78,6 +82,7 @@ class StepInfo(NamedTuple):
     overhead: jax.Array
     mean_overhead: jax.Array
     finite: jax.Array
+    skipped: jax.Array
 
 
 class OneStep:
@@ -91,12 +96,14 @@ class OneStep:
         devices: Devices,
         study: Study,
         selection_lag: int,
+        skips: bool = False,
     ) -> None:
         """Takes what a step needs to know beside the selection."""
         self._loss_fn = scalar_loss("TrainStep", "loss_fn", loss_fn, has_aux=True)
         self._optimizer, self._method = optimizer, method
         self._devices, self._layers = devices, study.layers
         self._ratio, self._study, self._lag = study.ratio, study, selection_lag
+        self._skips = skips
         self.purse = _budget.Purse(method, study.layers, study.menu)
 
     def init(self, params: Any, model_state: Any, key: jax.Array) -> TrainState:
@@ -121,6 +128,7 @@ class OneStep:
             hyperparams=self._method.hyperparams(dtype),
             key=key,
             step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
         )
 
     def run(
@@ -139,8 +147,11 @@ class OneStep:
             out.grads, state.opt_state, state.params, value=out.value
         )
         norms = out.norms.astype(before.norms.dtype)
+        finite = _tree.all_finite((out.value, out.perturbed_value, out.grads))
+        taken = finite & _tree.all_finite(updates) if self._skips else None
+        known = norms if taken is None else jnp.where(taken, norms, before.norms)
         decided, unspent = self.purse.choose(
-            norms, state.step + 1 + len(before.pending), before.budget.unspent
+            known, state.step + 1 + len(before.pending), before.budget.unspent
         )
         queue = (*before.pending, decided)
         overhead = jnp.float32(self._ratio(selection if plan.chosen else ()) - 1.0)
@@ -164,7 +175,10 @@ class OneStep:
             hyperparams=hyperparams,
             key=state.key,
             step=jnp.asarray(optax.safe_increment(state.step)),
+            skipped=state.skipped,
         )
+        if taken is not None:
+            new_state = held_back(taken, new_state, state)
         info = StepInfo(
             value=out.value,
             perturbed_value=out.perturbed_value,
@@ -175,7 +189,8 @@ class OneStep:
             rho=rho,
             overhead=overhead,
             mean_overhead=spent,
-            finite=_tree.all_finite((out.value, out.perturbed_value, out.grads)),
+            finite=finite,
+            skipped=new_state.skipped,
         )
         return new_state, info, decided
 

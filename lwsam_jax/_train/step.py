@@ -24,6 +24,7 @@ from . import executables as _executables, step_checks as _step_checks
 from .devices import Devices
 from .executables import Executables, Menu
 from .one_step import OneStep, StepInfo, TrainState
+from .skipping import ON_NONFINITE
 from .step_checks import WHO
 from .study import study, warn_if_nothing_is_affordable
 
@@ -56,6 +57,10 @@ class TrainStep:
       selection_lag: 0: a step perturbs the layers that the norms of the step before
         select (Algorithm 1). n: those of the step n before that, so that the host does
         not wait for the device.
+      on_nonfinite: What is done about a step whose loss or gradient is not finite.
+        "report": `info.finite` is False, and the step is taken. "skip": parameters,
+        model state, the optimizer's state and what the method remembers stay, bit for
+        bit; `state.step` goes on, and `info.skipped` counts.
       donate: Whether a step donates the state that goes in, to save its memory. With
         False the state and its parts can be kept; with True copy what you keep.
 
@@ -94,6 +99,7 @@ class TrainStep:
         *,
         max_executables: int = 12,
         selection_lag: int = 0,
+        on_nonfinite: str = "report",
         donate: bool = True,
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
@@ -101,6 +107,8 @@ class TrainStep:
         _executables.check_most(WHO, max_executables)
         remedy = "Pass by how many steps the norms are late; 0 is Algorithm 1."
         _checks.count(WHO, "selection_lag", selection_lag, remedy)
+        _checks.choice(WHO, "on_nonfinite", on_nonfinite, ON_NONFINITE)
+        self._skips = on_nonfinite == "skip"
         self._loss_fn = loss_fn
         self._optimizer = optax.with_extra_args_support(base_optimizer)
         self._method = method
@@ -319,6 +327,7 @@ class TrainStep:
             self._devices,
             found,
             self._lag,
+            self._skips,
         )
         self._executables = Executables(found.menu, self._build)
         self._scans.clear()
