@@ -6,7 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lwsam_bench.commands import cost, demo, flops, paper, pareto, speed, train
+from lwsam_bench.commands import (
+    accelerator,
+    cost,
+    demo,
+    flops,
+    paper,
+    pareto,
+    speed,
+    train,
+)
 from lwsam_bench.support.errors import UserError
 
 
@@ -33,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Layer-wise SAM on real data, beside SGD and SAM.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (demo, train, flops, speed, pareto, cost, paper):
+    for command in (demo, train, flops, speed, pareto, cost, accelerator, paper):
         command.add(commands, _start)
     return parser
 

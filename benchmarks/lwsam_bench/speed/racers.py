@@ -124,18 +124,19 @@ class TrainStepRacer(Racer):
     Args:
       label: Its name in the table.
       method: What it is.
+      **options: Of `TrainStep`.
 
     Attributes:
       selections: The layers of each step; bit i stands for the i-th layer.
     """
 
-    def __init__(self, label: str, method: lwsam.Method):
-        self.label, self._method = label, method
+    def __init__(self, label: str, method: lwsam.Method, **options: Any):
+        self.label, self._method, self._options = label, method, options
 
     def start(self, workload: Workload) -> None:
         """Make step and state."""
         self.train_step = lwsam.TrainStep(
-            workload.loss_fn, workload.optimizer, self._method
+            workload.loss_fn, workload.optimizer, self._method, **self._options
         )
         params, model_state, batch, key = workload.args()
         self._state = self.train_step.init(params, model_state, batch, key=key)

@@ -200,6 +200,7 @@ class RunOptions:
     log_every: int
     checkpoint_every: int | None  # steps; None: ten times a run, but once an epoch
     resume: bool = True
+    seconds: float | None = None  # of this call; then it stops, to go on in the next
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

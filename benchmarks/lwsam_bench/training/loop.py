@@ -43,7 +43,8 @@ def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
     """Train, evaluate, and leave config, metrics and checkpoints in `options.out`.
 
     Returns:
-      0, or 130 or 143 if SIGINT or SIGTERM ended the run.
+      0, or 130 or 143 if SIGINT or SIGTERM ended the run. A run whose seconds are up
+      has no last row; so much is 0, too.
 
     Raises:
       UserError: If the run cannot be made, or another process is writing it.
@@ -180,7 +181,7 @@ class _Run:
     ) -> Row | None:
         """Run the steps; return the last evaluation."""
         rate, first, result = Rate(), self.done, None
-        while self.done < self.total and not stop.signal:
+        while self.done < self.total and not (stop.signal or self._is_late()):
             self.state, info = self.step_fn(self.state, self.task.batches(self.done))
             self.unread.append(info)
             self.done += 1
@@ -207,6 +208,10 @@ class _Run:
                 self._checkpoint(metrics, board)
         self._checkpoint(metrics, board)  # of a run that was stopped
         return result
+
+    def _is_late(self) -> bool:
+        limit = self.options.seconds
+        return limit is not None and time.perf_counter() - self.started > limit
 
     def _checkpoint(self, metrics: MetricsFile, board: Board) -> None:
         # First the rows: a checkpoint promises that those before it are there.

@@ -40,6 +40,13 @@ def non_negative(text: str) -> float:
     )
 
 
+def positive(text: str) -> float:
+    """Parse a finite number > 0."""
+    return _number(
+        text, float, lambda x: math.isfinite(x) and x > 0, "a finite number > 0"
+    )
+
+
 def fraction(text: str) -> float:
     """Parse a number from 0 to below 1."""
     return _number(text, float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
