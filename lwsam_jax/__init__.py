@@ -13,6 +13,7 @@ from ._axes.combine import (
 from ._axes.descent import sharpest
 from ._axes.shape import adaptive, normalized, raw, relative
 from ._axes.sparse import ElementMask, fisher_mask, set_mask, sparse
+from ._axes.weighed import weighed
 from ._axes.when import always, between, every, Gate, last, unusual
 from ._axes.which import bottom_k, everything, named, nothing, random_k, top_k
 from ._engine.cost import step_cost, StepCost
@@ -36,7 +37,10 @@ from ._presets.combine.stable_sam import stable_sam
 from ._presets.combine.wsam import wsam
 from ._presets.for_price import for_price, Priced
 from ._presets.sam import sam
+from ._presets.samples.csam import csam
 from ._presets.samples.esam import esam
+from ._presets.samples.focal_sam import focal_sam
+from ._presets.samples.imbsam import imbsam
 from ._presets.shape.asam import asam
 from ._presets.shape.friendly_sam import friendly_sam
 from ._presets.shape.gcsam import gcsam
@@ -136,4 +140,8 @@ __all__ = [
     "Gate",
     "unusual",
     "ae_sam",
+    "weighed",
+    "csam",
+    "focal_sam",
+    "imbsam",
 ]

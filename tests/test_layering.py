@@ -44,12 +44,14 @@ FOLDERS = {
     "_axes": (
         ("__init__", "moments", "noise", "shape", "sparse", "when", "which"),
         ("ascent", "combine"),
+        ("weighed",),
         ("descent",),
     ),
     "_loops": (
         ("__init__", "plan", "refresh", "static", "varying"),
         ("moves", "state"),
-        ("held", "passes"),
+        ("held", "separate"),
+        ("passes",),
         ("functional",),
         ("perturbed", "transform"),
     ),

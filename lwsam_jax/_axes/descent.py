@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import _checks
-from .ascent import batch_size, whole_batch
+from .ascent import whole_batch
+from .weighed import losses_of, Weighed
 
 
 _WHO = "sharpest"
@@ -28,20 +29,15 @@ class Sharpest:
 
     def of(self, batch: Any, clean: Any, perturbed: Any) -> Any:
         """Returns these examples of a batch, from the metrics of both passes."""
-        losses = [_losses(metrics) for metrics in (perturbed, clean)]
-        examples = batch_size(_WHO, batch)
-        if losses[0].shape != (examples,):
-            remedy = "Return one loss for each example."
-            expected = f"f32[{examples}]"
-            got = f"{losses[0].dtype}{list(losses[0].shape)}"
-            raise _checks.value_error(_WHO, 'metrics["losses"]', expected, got, remedy)
+        after, before = (losses_of(_WHO, m, batch) for m in (perturbed, clean))
+        examples = len(after)
         count = math.floor(self.fraction * examples + 1e-9)
         if count < 1:
             remedy = "Take a larger share."
             got = f"{self.fraction}, which is 0 of {examples} examples"
             expected = "a share that gives 1 example or more"
             raise _checks.value_error(_WHO, "fraction", expected, got, remedy)
-        _, places = jax.lax.top_k(losses[0] - losses[1], count)
+        _, places = jax.lax.top_k(after - before, count)
         return jax.tree.map(lambda x: x[places] if jnp.ndim(x) else x, batch)
 
     def refuse(self, who: str, method: Any) -> None:
@@ -74,18 +70,7 @@ def sharpest(fraction: float) -> Sharpest | None:
 
 def check(who: str, descent: Any) -> None:
     """Raises on what is no choice of examples."""
-    if not isinstance(descent, Sharpest):
+    if not isinstance(descent, (Sharpest, Weighed)):
         remedy = "Pass lwsam.sharpest(0.5), or None for the whole batch."
-        expected = "lwsam.sharpest(fraction) or None"
+        expected = "lwsam.sharpest(fraction), lwsam.weighed(...) or None"
         raise _checks.type_error(who, "descent", expected, repr(descent), remedy)
-
-
-def _losses(metrics: Any) -> jax.Array:
-    try:
-        return jnp.asarray(metrics["losses"])
-    except (KeyError, TypeError, IndexError):
-        remedy = 'Return {"losses": losses}, f32[B], among the metrics of the loss.'
-        got = f"{jax.tree.structure(metrics)}"
-        raise _checks.value_error(
-            _WHO, "metrics", 'a dict with "losses"', got, remedy
-        ) from None

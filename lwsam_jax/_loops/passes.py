@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _checks, _tree
+from .. import _tree
 from .._engine.run import split_loss
 from .moves import combined, gated, move, reads_all, without_ascent
 from .plan import LayerwiseGrad, Memory, Plan
+from .separate import as_gradient, ascend, descend, Losses, three_gradients
 from .varying import local, mean, varying
 
 
@@ -30,6 +31,7 @@ def evaluate(
     ascent_loss: Loss | None = None,
     direction: Any = None,
     descent_loss: Callable[[Any, Any], Loss] | None = None,
+    losses: Losses | None = None,
 ) -> tuple[LayerwiseGrad, Memory]:
     """Evaluates the gradient of a method.
 
@@ -42,6 +44,7 @@ def evaluate(
       direction: A direction that is known already, in place of an ascent.
       descent_loss: `(clean aux, perturbed aux) -> loss` on the examples that the descent
         sees; None: on the whole batch.
+      losses: Losses of the passes, where each has its own.
 
     Returns:
       The gradient, and what is to be remembered.
@@ -51,18 +54,23 @@ def evaluate(
     loss = local(loss, params, axis)
     if not plan.chosen:
         return _plain(plan, memory, loss, params)
+    if losses is not None:
+        cast: Any = lambda f: f and local(f, params, axis)
+        own = {name: cast(getattr(losses, name)) for name in losses._fields[:4]}
+        losses = losses._replace(**own)
+        return three_gradients(plan, memory, losses, params, direction)
     if direction is not None:
-        along = _as_gradient(plan, params, direction)
+        along = as_gradient(plan, params, direction)
         moved, memory = move(plan, memory, params, along, along)
-        return _descend(plan, memory, loss, moved, None, None)
+        return descend(plan, memory, loss, moved, None, None)
     if ascent_loss is not None or descent_loss is not None:
         first = loss if ascent_loss is None else local(ascent_loss, params, axis)
-        value, aux, ascent, whole = _ascend(plan, first, params)
+        value, aux, ascent, whole = ascend(plan, first, params)
         if descent_loss is None:
 
             def finish():
                 moved, after = move(plan, memory, params, ascent, whole)
-                return _descend(plan, after, loss, moved, value, whole or ascent)
+                return descend(plan, after, loss, moved, value, whole or ascent)
 
             def plain():
                 out, after = _plain(plan, memory, loss, params)
@@ -72,7 +80,7 @@ def evaluate(
         moved, memory = move(plan, memory, params, ascent, whole)
         perturbed, perturbed_aux = loss(moved)
         part = local(descent_loss(aux, perturbed_aux), params, axis)
-        out, memory = _descend(plan, memory, part, moved, value, whole or ascent)
+        out, memory = descend(plan, memory, part, moved, value, whole or ascent)
         perturbed = mean(perturbed, axis)
         out = out._replace(value=value, aux=aux, perturbed_value=perturbed)
         return out, memory
@@ -102,7 +110,7 @@ def from_gradients(
     """
     along = jax.tree.leaves(grads)
     if direction is not None:
-        along = _as_gradient(plan, params, direction)
+        along = as_gradient(plan, params, direction)
 
     def finish():
         moved, after = move(plan, memory, params, along, along)
@@ -120,17 +128,6 @@ def from_gradients(
 
     out, memory = gated(plan, memory, along, finish, plain)
     return out.grads, out.norms, memory
-
-
-def _as_gradient(plan: Plan, params: Any, direction: Any) -> list[jax.Array]:
-    """Returns the leaves of a direction, conjugated as `move` takes gradients."""
-    along = plan.layers.flatten("ascent", "direction", direction)
-    for x, w in zip(along, jax.tree.leaves(params), strict=True):
-        if jnp.shape(x) != jnp.shape(w):
-            remedy = "Return a direction with the shapes of the parameters."
-            expected, got = f"of shape {jnp.shape(w)}", str(jnp.shape(x))
-            raise _checks.value_error("ascent", "direction", expected, got, remedy)
-    return [jnp.conj(x) for x in along]
 
 
 def _plain(
@@ -213,35 +210,3 @@ def _split(
 
     value = mean(value, axis)
     return gated(plan, memory, whole, finish, plain)
-
-
-def _ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns value, aux, and the gradients of the selected, and of all leaves."""
-    leaves, treedef = jax.tree.flatten(params)
-    wants_all = reads_all(plan, params)
-    places = range(len(leaves)) if wants_all else plan.selected
-
-    def of_some(some):
-        now = list(leaves)
-        for i, leaf in zip(places, some, strict=True):
-            now[i] = leaf
-        return loss(jax.tree.unflatten(treedef, now))
-
-    (value, aux), grads = jax.value_and_grad(of_some, has_aux=True)(
-        [leaves[i] for i in places]
-    )
-    value, grads = mean((value, grads), plan.axis_name)
-    if wants_all:
-        return value, aux, [grads[i] for i in plan.selected], grads
-    return value, aux, grads, None
-
-
-def _descend(
-    plan: Plan, memory: Memory, loss: Loss, moved: Any, ascent_value: Any, ascent: Any
-) -> tuple[LayerwiseGrad, Memory]:
-    """The descent by itself, where it shares nothing with the ascent."""
-    (value, aux), descent = jax.value_and_grad(loss, has_aux=True)(moved)
-    value, descent = mean((value, descent), plan.axis_name)
-    norms = plan.layers.norms(descent)
-    grads, late, memory = combined(plan, memory, ascent, descent)
-    return LayerwiseGrad(value, aux, grads, norms, value, ascent_value, late), memory

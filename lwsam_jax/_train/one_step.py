@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _tree
+from .._axes.weighed import is_one_batch, weigh_loss, Weighed
 from .._engine.cover import Cover
 from .._loops import passes as _passes, state as _state
 from .._loops.functional import scalar_loss
@@ -237,6 +238,7 @@ class OneStep:
         sources: dict[str, Any] = {}
         if plan.chosen:
             own = jax.random.fold_in(step_key, _OF_THE_ASCENT)
+            part = batch
             if method.is_stale:
                 sources["direction"] = method.ascent.direction(
                     state.method_state.ascent, state.opt_state, state.params, own
@@ -244,12 +246,29 @@ class OneStep:
             elif method.ascent.cut is not None:
                 part = method.ascent.of(batch, own, devices.count)
                 sources["ascent_loss"] = loss_on(part)
-            if method.descent is not None:
+            if isinstance(method.descent, Weighed):
+                sources["losses"] = self._weigh(loss_on, part, batch)
+            elif method.descent is not None:
                 sources["descent_loss"] = lambda clean, perturbed: loss_on(
                     method.descent.of(batch, clean[1], perturbed[1])
                 )
         return _passes.evaluate(
             plan, state.method_state.memory, loss_on(batch), state.params, **sources
+        )
+
+    def _weigh(
+        self, loss_on: Callable[[Any], Any], part: Any, batch: Any
+    ) -> _passes.Losses:
+        """Returns the losses of passes that weigh the examples."""
+        how, one_batch = self._method.descent, is_one_batch(self._method.ascent)
+        third = how.rest is not None
+        loss = lambda seen, *by: weigh_loss(loss_on(seen), seen, *by)
+        return _passes.Losses(
+            ascent=loss(part, how.ascent),
+            descent=loss(batch, how.descent),
+            rest=loss(batch, how.rest) if third else None,
+            both=loss(batch, how.ascent, how.rest) if third and one_batch else None,
+            one_batch=one_batch,
         )
 
     def refresh(self, state: TrainState, numbered: tuple[Any, jax.Array]) -> Any:

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from .._axes import shape, when, which
+from .._axes.weighed import is_one_batch, Weighed
 from .._engine.cost import step_cost, StepCost
+from .._engine.cover import Cover
 from .._engine.layers import Layers
 from .._method import Method
 from . import step_checks as _step_checks
@@ -94,9 +96,24 @@ def _ratio(
     part = 0.0 if method.is_stale else method.ascent.measured(batch, devices)
     shared = not method.is_stale and method.ascent.cut is None
     share = 1.0 if method.descent is None else method.descent.fraction
-    return functools.partial(
+    more = 0.0
+    if isinstance(method.descent, Weighed):
+        shared = False
+        if method.descent.rest is not None:  # a backward pass, or both
+            more = 1.0 - forward_share(cost) if is_one_batch(method.ascent) else 1.0
+    ratio = functools.partial(
         cost.ratio, ascent=part, whole_ascent=whole, descent=share, shared=shared
     )
+    return lambda selection: ratio(selection) + (more if _perturbs(selection) else 0)
+
+
+def forward_share(cost: StepCost) -> float:
+    """Returns the FLOPs of a forward pass over those of a plain gradient."""
+    return sum(cost.forward) / max(cost.plain, 1.0)
+
+
+def _perturbs(selection: Any) -> bool:
+    return bool(selection.names if isinstance(selection, Cover) else selection)
 
 
 def warn_if_nothing_is_affordable(method: Method, menu: Menu) -> None:
