@@ -68,6 +68,7 @@ def test_runs_have_a_row_each(out):
     for row in rows:
         assert row["seed"] == row["config"]["seed"] == 0
         assert 0 <= row["accuracy"] <= 1
+        assert row["data"]["name"] == "digits"
         assert (out / runs.RUNS / f"digits-{row['method']}-0" / "config.json").exists()
 
 
@@ -90,6 +91,14 @@ def test_the_page_says_that_a_cpu_is_none(out):
     ]
     assert report.published(elsewhere) == report.section(elsewhere)
     assert "of a CPU" not in report.section(elsewhere)
+
+
+def test_the_page_says_what_is_to_be_known_of_the_data(out):
+    told = "The images of this copy are JPEG."
+    rows = [row for row in rows_of(out) if row["kind"] == "run"]
+    noted = [{**row, "data": {**row["data"], "note": told}} for row in rows]
+    assert f"included. {told} JAX" in report.section(noted)
+    assert "included. JAX" in report.section(rows)
 
 
 def test_the_documentation_shows_the_rows_that_are_there():

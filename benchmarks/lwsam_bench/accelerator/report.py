@@ -137,7 +137,9 @@ def _runs(rows: Sequence[Row]) -> str:
         " that were published; nothing was tuned. Accuracy is mean ± standard error after"
         " the last epoch; the difference is that of runs from the same seed, and within"
         " twice its standard error it is none. Seconds are of a whole run, compiling and"
-        f" evaluation included. {_origin(first)}"
+        f" evaluation included. {first['data']['note']} {_origin(first)}".replace(
+            "  ", " "
+        )
     )
     title = f"{config['model']} on {config['dataset']}"
     return f"## {title}\n\n{report.markdown(header, cells, notes)}"

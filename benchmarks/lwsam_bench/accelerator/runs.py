@@ -1,6 +1,7 @@
 """Training runs on CIFAR-10: each is a folder that goes on where it was stopped."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -113,7 +114,9 @@ def train(
     code = loop.train(run.config, options, console)
     for row in read_rows(out / run_folder.METRICS):
         if row["kind"] == "end":
-            return {"method": run.method, **_result(row)}, code
+            record = json.loads((out / run_folder.CONFIG).read_text(encoding="utf-8"))
+            found = {"method": run.method, "data": record["data"], **_result(row)}
+            return found, code
     return None, code
 
 
