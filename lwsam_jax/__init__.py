@@ -11,8 +11,10 @@ from ._axes.combine import (
     surrogate_gap,
 )
 from ._axes.descent import sharpest
+from ._axes.proportional import proportional
 from ._axes.shape import adaptive, normalized, raw, relative
 from ._axes.sparse import ElementMask, fisher_mask, set_mask, sparse
+from ._axes.sub_batches import sub_batches
 from ._axes.weighed import weighed
 from ._axes.when import always, between, every, Gate, last, unusual
 from ._axes.which import bottom_k, everything, named, nothing, random_k, top_k
@@ -36,6 +38,11 @@ from ._presets.combine.gsam import gsam
 from ._presets.combine.stable_sam import stable_sam
 from ._presets.combine.wsam import wsam
 from ._presets.for_price import for_price, Priced
+from ._presets.noise.arwp import arwp, m_arwp
+from ._presets.noise.damp import damp
+from ._presets.noise.flat_lora import flat_lora
+from ._presets.noise.random_sam import random_sam
+from ._presets.noise.rwp import m_rwp, rwp
 from ._presets.sam import sam
 from ._presets.samples.csam import csam
 from ._presets.samples.esam import esam
@@ -46,11 +53,14 @@ from ._presets.shape.friendly_sam import friendly_sam
 from ._presets.shape.gcsam import gcsam
 from ._presets.shape.lightsam import light_scale, lightsam
 from ._presets.shape.mup_perturbation import mup_perturbation
+from ._presets.unperturbed.das import das, DASState
+from ._presets.unperturbed.trajectory import MESA, mesa, SAF, saf
 from ._presets.when.ae_sam import ae_sam
 from ._presets.when.looksam import looksam
 from ._presets.which.layerwise import layerwise_sam, LayerwiseSAM
 from ._presets.which.sam_on import sam_on
 from ._presets.which.sparse_sam import sparse_sam
+from ._train.find_rho import find_rho, FoundRho, Trial
 from ._train.one_step import StepInfo, TrainState
 from ._train.step import TrainStep
 from ._version import __version__
@@ -59,89 +69,107 @@ from ._version import __version__
 __all__ = [
     "Combine",
     "Cover",
+    "DASState",
+    "ElementMask",
+    "FoundRho",
+    "Gate",
     "Layers",
     "LayerwiseGrad",
     "LayerwiseSAM",
+    "MESA",
     "Measures",
     "Method",
     "MethodState",
     "PerturbedState",
-    "Stale",
     "Priced",
+    "SAF",
     "Sharpness",
+    "Stale",
     "StepCost",
     "StepInfo",
     "TrainState",
     "TrainStep",
+    "Trial",
     "__version__",
     "adaptive",
+    "ae_sam",
     "always",
+    "arwp",
     "as_optax",
     "asam",
+    "async_sam",
     "between",
     "blocks",
     "bottom_k",
+    "csam",
+    "damp",
+    "das",
+    "decoupled",
     "descend",
     "esam",
     "eval_params",
     "every",
     "everything",
+    "find_rho",
+    "fisher_mask",
+    "flat_lora",
+    "focal_sam",
     "for_price",
     "friendly_sam",
+    "gcsam",
     "generalized_sam",
     "gsam",
+    "imbsam",
     "last",
     "layerwise_sam",
     "leaves",
+    "light_scale",
+    "lightsam",
     "looksam",
+    "m_arwp",
+    "m_rwp",
+    "match_norm",
+    "mesa",
     "micro_batch",
     "mix",
     "modules",
     "momentum",
     "momentum_sam",
+    "mup_perturbation",
     "named",
     "normalized",
     "nothing",
     "perturbed",
     "previous",
+    "proportional",
     "random",
     "random_k",
+    "random_sam",
     "raw",
     "refresh",
     "relative",
     "reuse",
+    "rwp",
+    "saf",
     "sam",
     "sam_on",
     "selection",
+    "set_mask",
     "sharpest",
     "sharpness",
+    "sparse",
+    "sparse_sam",
+    "stable_sam",
     "step_cost",
+    "sub_batches",
     "surrogate_gap",
     "top_k",
     "train_params",
+    "unusual",
     "value",
     "value_and_grad",
+    "weighed",
     "weights",
     "whole_batch",
-    "async_sam",
-    "stable_sam",
     "wsam",
-    "gcsam",
-    "light_scale",
-    "lightsam",
-    "mup_perturbation",
-    "decoupled",
-    "match_norm",
-    "ElementMask",
-    "fisher_mask",
-    "set_mask",
-    "sparse",
-    "sparse_sam",
-    "Gate",
-    "unusual",
-    "ae_sam",
-    "weighed",
-    "csam",
-    "focal_sam",
-    "imbsam",
 ]

@@ -15,6 +15,7 @@ from ._axes import (
     combine as _combine,
     descent as _descent,
     shape as _shape,
+    sub_batches as _sub_batches,
     when as _when,
     which,
 )
@@ -51,6 +52,8 @@ class Method:
         which decides within the step.
       descent: Which examples the descent gradient sees: None, all of them, or
         `sharpest(fraction)`. `TrainStep` only.
+      split: None, one perturbation of a step, or `sub_batches(count)`: one for each part
+        of the batch. `TrainStep` only.
       rule: What a layer is; `lwsam.weights` by default.
       layers: The layers, if known already; then `rule` is not read.
       axis_name: Mapped axis inside pmap or shard_map; `TrainStep` sets its own.
@@ -82,6 +85,7 @@ class Method:
     combine: Any = dataclasses.field(default_factory=_combine.descend)
     when: Any = dataclasses.field(default_factory=_when.always)
     descent: Any = None
+    split: Any = None
     rule: Rule | None = None
     layers: Layers | None = None
     axis_name: Any = None
@@ -113,6 +117,8 @@ class Method:
                 _checks.budget(_WHO, name, bound)
         if self.descent is not None:
             _descent.check(_WHO, self.descent)
+        if self.split is not None:
+            _sub_batches.check(_WHO, self.split)
         set_to = object.__setattr__
         set_to(self, "ascent", _ascent.as_ascent(_WHO, self.ascent))
         set_to(self, "combine", _combine.as_combine(_WHO, self.combine))
@@ -121,6 +127,8 @@ class Method:
             self.descent.refuse(_WHO, self)
         if self.gate is not None:
             self.gate.refuse(_WHO, self)
+        if self.split is not None:
+            self.split.refuse(_WHO, self)
 
     @property
     def is_plain(self) -> bool:
@@ -137,6 +145,12 @@ class Method:
     def gate(self) -> _when.Gate | None:
         """What decides within a step whether it perturbs, or None."""
         return self.when if isinstance(self.when, _when.Gate) else None
+
+    @property
+    def has_clean_pass(self) -> bool:
+        """Whether a step takes a loss at the parameters themselves."""
+        beside = self.split is not None and self.split.clean is not None
+        return beside or not self.is_stale
 
     def hyperparams(self, dtype: Any) -> dict[str, jax.Array]:
         """Returns what a loop may set, as arrays of a dtype: numbers, schedules at 0.

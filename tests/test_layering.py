@@ -43,13 +43,13 @@ FOLDERS = {
     ),
     "_axes": (
         ("__init__", "moments", "noise", "shape", "sparse", "when", "which"),
-        ("ascent", "combine"),
-        ("weighed",),
+        ("ascent", "combine", "proportional"),
+        ("sub_batches", "weighed"),
         ("descent",),
     ),
     "_loops": (
         ("__init__", "plan", "refresh", "static", "varying"),
-        ("moves", "state"),
+        ("arguments", "moves", "state"),
         ("held", "separate"),
         ("passes",),
         ("functional",),
@@ -60,7 +60,15 @@ FOLDERS = {
         ("sharpness",),
     ),
     "_train": (
-        ("__init__", "devices", "executables", "skipping", "step_checks"),
+        (
+            "__init__",
+            "devices",
+            "executables",
+            "find_rho",
+            "parts",
+            "skipping",
+            "step_checks",
+        ),
         ("budget", "study"),
         ("one_step",),
         ("step",),

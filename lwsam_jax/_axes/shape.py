@@ -55,8 +55,8 @@ class LeafFactors(optax.GradientTransformationExtraArgs):
             del extra
             leaves, treedef = jax.tree.flatten(updates)
             if not isinstance(state, WholeAscent):
-                leaves = _perturbed(leaves, layers, mask)
-            found = factors(leaves, _leaves_of(params, leaves), layers)
+                leaves = perturbed_part(leaves, layers, mask)
+            found = factors(leaves, leaves_of(params, leaves), layers)
             moved = [f * x for f, x in zip(found, leaves, strict=True)]
             return jax.tree.unflatten(treedef, moved), state
 
@@ -89,7 +89,7 @@ def normalized(over: str = "selected") -> optax.GradientTransformationExtraArgs:
     def factors(leaves, params, layers):
         del params, layers
         scale = _tree.reciprocal(_tree.norm(leaves))
-        return [_like(scale, x) for x in leaves]
+        return [like(scale, x) for x in leaves]
 
     return LeafFactors(factors, WholeAscent() if over == "all" else None)
 
@@ -118,15 +118,15 @@ def adaptive(
     def update(updates, state, params=None, *, layers=None, mask=None, **extra):
         del extra
         leaves, treedef = jax.tree.flatten(updates)
-        leaves = _perturbed(leaves, layers, mask)
-        own = [jnp.abs(_tree.wide(w)) + eta for w in _leaves_of(params, leaves)]
+        leaves = perturbed_part(leaves, layers, mask)
+        own = [jnp.abs(_tree.wide(w)) + eta for w in leaves_of(params, leaves)]
         if not biases:
             named = jax.tree_util.tree_leaves_with_path(params)
             pairs = zip(own, named, strict=True)
             own = [jnp.ones_like(t) if is_bias(*at) else t for t, at in pairs]
         scaled = [t * x for t, x in zip(own, leaves, strict=True)]
         scale = _tree.reciprocal(_tree.norm(scaled))
-        moved = [_like(scale, x) * t * x for t, x in zip(own, scaled, strict=True)]
+        moved = [like(scale, x) * t * x for t, x in zip(own, scaled, strict=True)]
         return jax.tree.unflatten(treedef, moved), state
 
     return optax.GradientTransformationExtraArgs(
@@ -153,9 +153,9 @@ def relative(per: str = "layer") -> optax.GradientTransformationExtraArgs:
 
     def of_filters(leaves, params, layers):
         return [
-            _norm_of_slices(w) * _tree.reciprocal(_norm_of_slices(x))
+            norm_of_slices(w) * _tree.reciprocal(norm_of_slices(x))
             if layers.leaf_layer[i] >= 0
-            else _like(jnp.zeros(()), x)
+            else like(jnp.zeros(()), x)
             for i, (w, x) in enumerate(zip(params, leaves, strict=True))
         ]
 
@@ -163,14 +163,14 @@ def relative(per: str = "layer") -> optax.GradientTransformationExtraArgs:
         members: dict[int, list[int]] = {}
         for i, layer in enumerate(layers.leaf_layer):
             members.setdefault(layer, []).append(i)
-        found = [_like(jnp.zeros(()), x) for x in leaves]
+        found = [like(jnp.zeros(()), x) for x in leaves]
         for layer, places in members.items():
             if layer >= 0:
                 weights = _tree.norm([params[i] for i in places])
                 size = _tree.norm([leaves[i] for i in places])
                 factor = weights.astype(size.dtype) * _tree.reciprocal(size)
                 for i in places:
-                    found[i] = _like(factor, leaves[i])
+                    found[i] = like(factor, leaves[i])
         return found
 
     return LeafFactors(of_layers if per == "layer" else of_filters, of_layers=True)
@@ -222,7 +222,7 @@ def check(who: str, shape: Any) -> None:
         raise _checks.type_error(who, "shape", expected, repr(shape), remedy)
 
 
-def _leaves_of(params: Any, leaves: list[Any]) -> list[Any]:
+def leaves_of(params: Any, leaves: list[Any]) -> list[Any]:
     found = jax.tree.leaves(params)
     if len(found) != len(leaves):
         remedy = "Call update(direction, state, params, layers=layers, mask=mask)."
@@ -232,7 +232,7 @@ def _leaves_of(params: Any, leaves: list[Any]) -> list[Any]:
     return found
 
 
-def _perturbed(leaves: list[Any], layers: Any, mask: Any) -> list[Any]:
+def perturbed_part(leaves: list[Any], layers: Any, mask: Any) -> list[Any]:
     """Returns the leaves, 0 where nothing is perturbed.
 
     They are so when they come, but behind a part with a state, such as an average.
@@ -245,14 +245,14 @@ def _perturbed(leaves: list[Any], layers: Any, mask: Any) -> list[Any]:
     ]
 
 
-def _norm_of_slices(x: jax.Array) -> jax.Array:
+def norm_of_slices(x: jax.Array) -> jax.Array:
     """Returns the norms over all axes but the last; of rank below 2, over all."""
     x = jnp.abs(_tree.wide(x))
     axes = tuple(range(x.ndim - 1)) if x.ndim > 1 else None
     return _tree.root(jnp.sum(x**2, axis=axes, keepdims=x.ndim > 1))
 
 
-def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
+def like(scale: jax.Array, x: jax.Array) -> jax.Array:
     """Casts a scalar to the real precision of a leaf."""
     return scale.astype(_tree.accumulation_dtype(x))
 

@@ -203,7 +203,7 @@ def _check_method(method: Any, normalize: str, alpha: Any) -> None:
         remedy = "Leave it out, or pass a method with combine=lwsam.mix(0.8)."
         expected = "None, for the method's `combine` has no weight"
         raise _checks.value_error(_WHO, "alpha", expected, alpha, remedy)
-    for name in ("descent", "max_overhead", "mean_overhead"):
+    for name in ("descent", "split", "max_overhead", "mean_overhead"):
         if getattr(method, name) is not None:
             remedy = "Use lwsam.TrainStep."
             got = f"one with `{name}`"

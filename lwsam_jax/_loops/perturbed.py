@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _tree
-from .._axes import ascent as _ascent, shape as _shape, which
+from .._axes import which
+from .._axes.when import always
 from .._engine.layers import Layers, Rule
-from .._engine.rules import leaves as every_leaf, weights
 from .._method import Method
-from . import held, state as _state
+from . import arguments, held, state as _state
 from .held import PerturbedState
 from .plan import first_of_shape
 from .static import register_with_flax, Static
@@ -55,7 +55,9 @@ def perturbed(
     Args:
       base: Any Optax optimizer.
       rho: Radius, >= 0, a number, which a loop may set (`state.hyperparams["rho"]`), or
-        a schedule of the step count. A Python 0 is the base optimizer, bit for bit.
+        a schedule of the step count. A Python 0 is the base optimizer, bit for bit. Or a
+        `Method`, such as a preset, in place of all that follows: one whose ascent needs
+        no gradient and whose gradient is the descent's.
       ascent: A stale ascent: `momentum()` (the default), `previous()` or `random()`.
       shape: `relative()` (the default) or any other; `raw`, `normalized` and `relative`
         are undone from their factors, for all others the state keeps a copy of the
@@ -73,7 +75,7 @@ def perturbed(
 
     Raises:
       ValueError: For numbers out of range, an ascent with a pass of its own, both of k
-        and select.
+        and select, a `Method` with parts that a loop's one gradient cannot follow.
       TypeError: For arguments of the wrong kind.
 
     Examples:
@@ -92,16 +94,16 @@ def perturbed(
       The momentum: Becker et al., NeurIPS 2025, arXiv:2401.12033. The noise: RWP,
       arXiv:2211.11489.
     """
-    ascent = _ascent.momentum() if ascent is None else ascent
-    shape = _shape.relative() if shape is None else shape
-    _check(base, ascent, select, k)
+    arguments.check_base(base)
     base = optax.with_extra_args_support(base)
-    if rule is None:
-        rule = weights if getattr(shape, "of_layers", False) else every_leaf
-    if select is None:
-        select = which.everything() if k is None else which.top_k(k)
-    method = Method(select, rho=rho, ascent=ascent, shape=shape, rule=rule, seed=seed)
+    if isinstance(rho, Method):
+        given = (ascent, shape, select, k, rule)
+        method = arguments.of_method(rho, any(x is not None for x in given))
+        rho, seed = method.rho, method.seed
+    else:
+        method = arguments.method(rho, ascent, shape, select, k, rule, seed)
     ascent, shape, is_plain = method.ascent, method.shape, method.is_plain
+    rule = method.rule
 
     def init_fn(params: optax.Params) -> PerturbedState:
         register_with_flax()
@@ -197,9 +199,8 @@ def _step(base: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _choose(method: Method, layers: Layers, grads: Any, count: Any) -> jax.Array:
-    if (
-        method.select is which.everything()
-    ):  # no norms: a sharded loop would reduce them
+    everything = method.select is which.everything() and method.when is always()
+    if everything:  # no norms: a sharded loop would reduce them
         return jnp.ones((len(layers),), bool)
     return method.choose(layers.norms(grads), count, layers)
 
@@ -234,25 +235,6 @@ def train_params(opt_state: Any, params: Any) -> Any:
         each leaf, where the perturbation cannot be computed again.
     """
     return _for_each("train_params", held.perturb_again, opt_state, params)
-
-
-def _check(base: Any, ascent: Any, select: Any, k: Any) -> None:
-    if not (hasattr(base, "init") and hasattr(base, "update")):
-        remedy = "Pass an Optax optimizer such as optax.sgd(0.1, momentum=0.9)."
-        raise _checks.type_error(_WHO, "base", "an optimizer", repr(base), remedy)
-    if isinstance(_ascent.as_ascent(_WHO, ascent), _ascent.Part):
-        remedy = (
-            "Pass momentum(), previous() or random(), or use lwsam.TrainStep or "
-            "lwsam.as_optax, which take a second gradient."
-        )
-        expected, got = "one without a gradient of its own", "one with a pass"
-        raise _checks.value_error(_WHO, "ascent", expected, got, remedy)
-    if k is not None:
-        _checks.count_of_layers(_WHO, "k", k)
-    if k is not None and select is not None:
-        remedy = "Pass k=4 for the four layers of largest norm, or select=<selector>."
-        expected = "given if and only if `select` is not"
-        raise _checks.value_error(_WHO, "k", expected, "both", remedy)
 
 
 def _for_each(who: str, function: Any, opt_state: Any, params: Any) -> Any:

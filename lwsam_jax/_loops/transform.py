@@ -147,7 +147,7 @@ def _check(method: Any) -> None:
     if not isinstance(method, Method):
         remedy = "Pass a lwsam.Method, such as lwsam.sam(0.05)."
         raise _checks.type_error(who, "method", "a Method", repr(method), remedy)
-    for name in ("max_overhead", "mean_overhead", "descent"):
+    for name in ("max_overhead", "mean_overhead", "descent", "split"):
         if getattr(method, name) is not None:
             remedy = "Use lwsam.TrainStep, which chooses what each step runs."
             got = repr(getattr(method, name))

@@ -125,6 +125,10 @@ class Devices:
             jax.tree.map(lambda x: _mean_or(x, axis, add), metrics),
         )
 
+    def index(self) -> Any:
+        """Returns the number of this device, inside a step."""
+        return 0 if self.axis_name is None else jax.lax.axis_index(self.axis_name)
+
     def local_key(self, key: jax.Array) -> jax.Array:
         """Returns a key of the device's own."""
         if self.axis_name is None:

@@ -14,10 +14,11 @@ from .._axes.weighed import is_one_batch, weigh_loss, Weighed
 from .._engine.cover import Cover
 from .._loops import passes as _passes, state as _state
 from .._loops.functional import scalar_loss
-from .._loops.plan import LayerwiseGrad, Memory, Plan
+from .._loops.plan import LayerwiseGrad, Memory, Plan, remember
 from .._loops.state import MethodState
+from .._loops.varying import local, varying
 from .._method import Method
-from . import budget as _budget
+from . import budget as _budget, parts as _parts
 from .devices import Devices
 from .skipping import held_back
 from .study import Study
@@ -110,6 +111,10 @@ class OneStep:
     def init(self, params: Any, model_state: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, with the masks known by then."""
         opt_state = self._optimizer.init(params)
+        if self._method.split is not None and not self._method.is_plain:
+            _parts.refuse_memory(
+                "TrainStep", remember(self._method, self._layers, params)
+            )
         method_state = _state.first(self._method, params, self._layers, opt_state)
         masks, budget = [], self.purse.first()
         for ahead in range(self._lag + 1):
@@ -139,11 +144,11 @@ class OneStep:
         method, before = self._method, state.method_state
         hyperparams = method.scheduled(state.hyperparams, state.step)
         plan = self._plan(selection, before.mask, hyperparams, state.step)
-        out, memory = self._gradient(plan, state, batch)
+        out, memory, seen = self._gradient(plan, state, batch)
         model_state, metrics = self._devices.average(*out.aux)
         kept = before.ascent
         if method.is_stale and not method.is_plain:
-            kept = method.ascent.update(kept, out.grads)
+            kept = method.ascent.update(kept, seen)
         updates, opt_state = self._optimizer.update(
             out.grads, state.opt_state, state.params, value=out.value
         )
@@ -183,7 +188,7 @@ class OneStep:
         info = StepInfo(
             value=out.value,
             perturbed_value=out.perturbed_value,
-            ascent_value=None if method.is_stale else out.ascent_value,
+            ascent_value=out.ascent_value if method.has_clean_pass else None,
             metrics=metrics,
             norms=norms,
             mask=mask,
@@ -230,21 +235,57 @@ class OneStep:
 
     def _gradient(
         self, plan: Plan, state: TrainState, batch: Any
-    ) -> tuple[LayerwiseGrad, Memory]:
+    ) -> tuple[LayerwiseGrad, Memory, Any]:
+        """Returns the gradient, the memory, and what gradient a stale ascent sees."""
         method, devices = self._method, self._devices
         step_key = jax.random.fold_in(state.key, state.step)
+        own = jax.random.fold_in(step_key, _OF_THE_ASCENT)
         key = devices.local_key(step_key)
-        loss_on = lambda part: lambda p: self._loss_fn(p, state.model_state, part, key)
+        if method.split is None or not plan.chosen:
+            keys = (own, key)
+            out, memory = self._evaluate(plan, state, batch, keys, devices.count)
+            return out, memory, out.grads
+        state = state._replace(params=varying(state.params, devices.axis_name))
+
+        def one(plan, part, number):
+            keys = jax.random.fold_in(own, number), jax.random.fold_in(key, number)
+            return self._evaluate(plan, state, part, keys, 1)[0]
+
+        found = _parts.evaluate_parts(
+            method.split,
+            plan,
+            one,
+            batch,
+            is_stale=method.is_stale,
+            device=devices.index(),
+            devices=devices.count,
+        )
+        return found.out, state.method_state.memory, found.moved
+
+    def _evaluate(
+        self,
+        plan: Plan,
+        state: TrainState,
+        batch: Any,
+        keys: tuple[jax.Array, jax.Array],
+        devices: int,
+    ) -> tuple[LayerwiseGrad, Memory]:
+        """The gradient on what one of so many devices sees; keys of ascent and loss."""
+        method, (own, key) = self._method, keys
+
+        def loss_on(part):
+            loss = lambda p: self._loss_fn(p, state.model_state, part, key)
+            return local(loss, state.params, self._devices.axis_name)
+
         sources: dict[str, Any] = {}
         if plan.chosen:
-            own = jax.random.fold_in(step_key, _OF_THE_ASCENT)
             part = batch
             if method.is_stale:
                 sources["direction"] = method.ascent.direction(
                     state.method_state.ascent, state.opt_state, state.params, own
                 )
             elif method.ascent.cut is not None:
-                part = method.ascent.of(batch, own, devices.count)
+                part = method.ascent.of(batch, own, devices)
                 sources["ascent_loss"] = loss_on(part)
             if isinstance(method.descent, Weighed):
                 sources["losses"] = self._weigh(loss_on, part, batch)

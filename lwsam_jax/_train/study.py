@@ -104,7 +104,12 @@ def _ratio(
     ratio = functools.partial(
         cost.ratio, ascent=part, whole_ascent=whole, descent=share, shared=shared
     )
-    return lambda selection: ratio(selection) + (more if _perturbs(selection) else 0)
+    whole = lambda selection: ratio(selection) + (more if _perturbs(selection) else 0)
+    if method.split is None:
+        return whole
+    on_each = method.split.on_each(devices, method.is_stale)
+    method.split.size(batch, on_each)  # refuses what cannot be cut, before a step
+    return lambda selection: method.split.price(whole(selection), on_each)
 
 
 def forward_share(cost: StepCost) -> float:

@@ -1,0 +1,1 @@
+"""Methods that perturb nothing: terms of a loss, and a scaling of weights."""
