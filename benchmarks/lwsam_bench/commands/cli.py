@@ -15,6 +15,7 @@ from lwsam_bench.commands import (
     pareto,
     speed,
     train,
+    tune,
 )
 from lwsam_bench.support.errors import UserError
 
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Layer-wise SAM on real data, beside SGD and SAM.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (demo, train, flops, speed, pareto, cost, accelerator, paper):
+    for command in (demo, train, tune, flops, speed, pareto, cost, accelerator, paper):
         command.add(commands, _start)
     return parser
 

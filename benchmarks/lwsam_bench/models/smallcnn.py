@@ -34,7 +34,11 @@ class SmallCNN(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Map images f32[B, H, W, C] to logits f32[B, K]."""
+        return self.dense(self.features(x, train=train))
+
+    def features(self, x: Array, *, train: bool) -> Array:
+        """Map images f32[B, H, W, C] to what the dense layer reads, f32[B, 16]."""
         x = nnx.relu(self.stem_bn(self.stem_conv(x), use_running_average=not train))
         for index in range(len(BLOCKS)):
             x = getattr(self, f"block{index + 1}")(x, train=train)
-        return self.dense(jnp.mean(x, axis=(1, 2)))
+        return jnp.mean(x, axis=(1, 2))

@@ -1,0 +1,1 @@
+"""What the rows of a tuning say, in tables, sentences and plots."""

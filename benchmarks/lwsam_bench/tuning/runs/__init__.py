@@ -1,0 +1,1 @@
+"""One run of a tuning: what is learned, by which optimizer, and how it is judged."""
