@@ -72,7 +72,7 @@ FLOORS = {
         ("tune",),
     ),
     "tuning.report": (("summary",), ("page",)),
-    "tuning.runs": (("course", "measures", "optimizers"), ("runner",)),
+    "tuning.runs": (("measures", "optimizers"), ("course",), ("runner",)),
     "comparison": (
         ("demo", "pareto_methods"),
         ("demo_run", "pareto_report", "pareto_train"),

@@ -16,7 +16,9 @@ from lwsam_bench.data import sources, splits
 from lwsam_bench.data.augment import Batches, normalize
 from lwsam_bench.models import by_name
 from lwsam_bench.models.network import Network
+from lwsam_bench.support.rows import Row
 from lwsam_bench.training.recipe import LossFn, make_loss_fn
+from lwsam_bench.tuning.runs import measures
 from lwsam_bench.tuning.tasks import Task
 
 
@@ -73,7 +75,7 @@ class Course:
         self._mean, self._std = self._dataset.statistics()
         self._network = self._make(0)
         self._statistics_network = Network.of(_forgetful(self._module(0)))
-        self.test = self._normalized(test.images), test.labels
+        self._test = self._normalized(test.images), test.labels
         self.start = functools.lru_cache(_KEPT_SEEDS)(self._start)
         self._logits = jax.jit(
             lambda params, state, images: self._network.apply(
@@ -92,8 +94,24 @@ class Course:
             return make_loss_fn(self._network)
         return {"smoothing": self._smoothed, "penalty": self._penalized}[kind]
 
-    def use(self, params: Any, start: Start) -> Any:
-        """Return the statistics of BatchNorm at some parameters, afresh.
+    def validate(self, params: Any, start: Start) -> Row:
+        """Return accuracy, loss and calibration on the validation images."""
+        images, labels = start.validation
+        state = self._fresh(params, start)
+        return measures.judge(self._logits_of(params, state, images), labels)
+
+    def judge(self, params: Any, start: Start) -> Row:
+        """Return the same on the test images, and what the accuracy survives."""
+        images, labels = self._test
+        state = self._fresh(params, start)
+        logits = lambda params, images: self._logits_of(params, state, images)
+        return {
+            **measures.judge(logits(params, images), labels),
+            "survival": measures.survival(params, images, labels, logits, start.seed),
+        }
+
+    def _fresh(self, params: Any, start: Start) -> Any:
+        """Return the statistics of BatchNorm at some parameters.
 
         Those that training gathers belong to where gradients were taken: to perturbed
         weights for some methods, and to weights of many steps for all.
@@ -102,7 +120,7 @@ class Course:
             return start.model_state
         return self._statistics(params, start.model_state, start.sample)
 
-    def logits(self, params: Any, model_state: Any, images: Array) -> np.ndarray:
+    def _logits_of(self, params: Any, model_state: Any, images: Array) -> np.ndarray:
         """Return f32[N, K] of images f32[N, H, W, C]."""
         parts = [
             self._logits(params, model_state, images[i : i + _BATCH])

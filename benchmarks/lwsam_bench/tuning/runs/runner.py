@@ -12,7 +12,7 @@ import lwsam_jax as lwsam
 from lwsam_bench.support.rows import Row
 from lwsam_bench.tuning.methods import Method, TAIL_START
 from lwsam_bench.tuning.protocol import Request
-from lwsam_bench.tuning.runs import measures, optimizers
+from lwsam_bench.tuning.runs import optimizers
 from lwsam_bench.tuning.runs.course import Course, NUMBERS, Start
 
 
@@ -62,7 +62,7 @@ class Runner:
             jax.block_until_ready(state.step)
             seconds += time.perf_counter() - resumed
             kept = optimizers.weights_to_use(state.opt_state, state.params)
-            validated.append({"step": end, **self._validate(kept, start)})
+            validated.append({"step": end, **self._course.validate(kept, start)})
             if is_final and (best is None or _merit(validated[-1]) > _merit(best[0])):
                 # Steps donate their state.
                 best = validated[-1], jax.tree.map(jnp.copy, kept)
@@ -75,8 +75,11 @@ class Runner:
         }
         if best is not None:
             row["validated"] = validated
-            row["last"] = self._test(kept, start)
-            row["selected"] = {"step": best[0]["step"], **self._test(best[1], start)}
+            row["last"] = self._course.judge(kept, start)
+            row["selected"] = {
+                "step": best[0]["step"],
+                **self._course.judge(best[1], start),
+            }
         row["wall_seconds"] = round(time.perf_counter() - began, 3)
         return row
 
@@ -106,20 +109,6 @@ class Runner:
             key=jax.random.key(start.seed),
             step=jnp.int32(first),
         )
-
-    def _validate(self, params: Any, start: Start) -> Row:
-        images, labels = start.validation
-        state = self._course.use(params, start)
-        return measures.judge(self._course.logits(params, state, images), labels)
-
-    def _test(self, params: Any, start: Start) -> Row:
-        images, labels = self._course.test
-        state = self._course.use(params, start)
-        logits = lambda params, images: self._course.logits(params, state, images)
-        return {
-            **measures.judge(logits(params, images), labels),
-            "survival": measures.survival(params, images, labels, logits, start.seed),
-        }
 
     def _price(self, steps: int, overhead: float) -> Row:
         """Return the price of a step in gradients, and of the run in both units."""
