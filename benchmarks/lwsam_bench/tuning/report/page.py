@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from lwsam_bench.pages import report
 from lwsam_bench.pages.docs import replace_generated
@@ -247,7 +247,7 @@ def _plot_name(rows: Sequence[Row], family: str) -> str:
 def plot(folder: pathlib.Path, rows: Sequence[Row]) -> None:
     """Draw accuracy over total gradients, with the base's curve of fewer and more steps.
 
-    A line connects the sets of draws of a method.
+    Of a method's sets of draws it has the one that counts, of the base both.
     """
     found = summarize(rows)
     try:
@@ -262,15 +262,16 @@ def plot(folder: pathlib.Path, rows: Sequence[Row]) -> None:
         _draw_lengths(axis, rows, family)
         for number, tuned in enumerate(some):
             again, place = divmod(number, len(report.COLOURS))
-            means = [t.mean("last", "accuracy") for t in tuned]
+            one = counted(tuned, "last")
+            mean, error = one.mean("last", "accuracy")
             axis.errorbar(
-                [t.mean("gradients")[0] for t in tuned],
-                [mean for mean, _ in means],
-                yerr=[0.0 if math.isnan(error) else error for _, error in means],
+                one.mean("gradients")[0],
+                mean,
+                yerr=0.0 if math.isnan(error) else error,
                 color=report.COLOURS[place],
                 marker="os^Dv"[again % 5],
-                lw=0.6,
-                ls=":",
+                ls="",
+                elinewidth=0.7,
                 capsize=2,
                 label=tuned[0].method.label,
             )
@@ -280,6 +281,8 @@ def plot(folder: pathlib.Path, rows: Sequence[Row]) -> None:
             title=f"{title(rows[0]['task'])}: test accuracy, last step",
         )
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(ScalarFormatter())
         figure.legend(loc="outside right upper", frameon=False, fontsize=7)
         report._save(figure, [axis], folder / _plot_name(rows, family))
 
