@@ -47,8 +47,10 @@ demo: $(READY) ## train on real images with SGD, SAM and layer-wise SAM, side by
 test: $(READY) ## run all tests but those of test-slow
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-slow: $(READY) ## try every combination of the built-in parts, about an hour
+test-slow: $(READY) ## every combination of the parts, ten times the hostile input, an hour
 	$(BIN)/python -m pytest -n auto -m product tests/test_walk.py $(ARGS)
+	$(BIN)/python -m pytest -n auto --hypothesis-profile=thorough \
+		tests/test_hostile_*.py tests/test_random_programs.py $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check
@@ -82,7 +84,7 @@ lock: .venv-lock/.made ## choose the newest versions again and write requirement
 
 clean: ## remove the environments and everything that was built
 	rm -rf .venv .venv-floor .venv-newest .venv-lock site dist \
-		.pytest_cache .ruff_cache
+		.pytest_cache .ruff_cache .hypothesis
 	find lwsam_jax benchmarks tests -name __pycache__ -type d -prune \
 		-exec rm -rf {} +
 

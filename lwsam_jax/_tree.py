@@ -14,18 +14,40 @@ import jax.numpy as jnp
 
 
 def accumulation_dtype(*leaves: Any) -> jnp.dtype:
-    """Returns float32, or float64 where a leaf has 64-bit (or complex128) precision."""
-    doubles = (jnp.float64, jnp.complex128)
-    is_double = any(jnp.dtype(leaf.dtype) in doubles for leaf in leaves)
-    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+    """Returns float32, or float64 where a leaf has 64-bit (or complex128) precision.
+
+    Leaves of other kinds (integers, PRNG keys, Python numbers) have no say, and NumPy's
+    float64 counts as what JAX makes of it, float32 unless 64 bits are enabled.
+    """
+    return jnp.dtype(jnp.float64 if any(map(_is_double, leaves)) else jnp.float32)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _is_double(leaf: Any) -> bool:
+    return _is_inexact(leaf) and own(leaf) in (jnp.float64, jnp.complex128)
+
+
+def own(x: Any) -> jnp.dtype:
+    """Returns the dtype that JAX has for a leaf: float32 for NumPy's float64."""
+    return jax.dtypes.canonicalize_dtype(x.dtype)
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """Casts to the accumulation precision, keeping complex leaves complex."""
+    """Casts to the accumulation precision, keeping complex leaves complex.
+
+    NumPy's arrays become JAX's: its own arithmetic warns where a square overflows.
+    Leaves of other kinds (integers, PRNG keys, Python numbers) stay.
+    """
+    if not _is_inexact(x):
+        return x
     dtype = accumulation_dtype(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    return x.astype(dtype)
+    return jnp.asarray(x).astype(dtype)
 
 
 def square_norm(x: jax.Array) -> jax.Array:
@@ -69,14 +91,14 @@ def reciprocal(x: jax.Array) -> jax.Array:
 def add_scaled(x: jax.Array, scale: jax.Array, direction: jax.Array) -> jax.Array:
     """Returns x + scale * direction, computed wide and rounded once to x's dtype."""
     base = wide(x)
-    return (base + scale.astype(jnp.real(base).dtype) * wide(direction)).astype(x.dtype)
+    return (base + scale.astype(jnp.real(base).dtype) * wide(direction)).astype(own(x))
 
 
 def mix(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns (1 - weight) * x + weight * y, computed wide and rounded once."""
     x_wide, y_wide = wide(x), wide(y)
     weight = weight.astype(jnp.real(x_wide).dtype)
-    return ((1 - weight) * x_wide + weight * y_wide).astype(y.dtype)
+    return ((1 - weight) * x_wide + weight * y_wide).astype(own(y))
 
 
 def all_finite(tree: Any) -> jax.Array:

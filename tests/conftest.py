@@ -18,11 +18,29 @@ quick_compile.enable()
 os.environ["JAX_PLATFORMS"] = os.environ.get("LWSAM_TEST_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# The same examples in each run; `thorough` (make test-slow) draws others each time, and
+# prints what repeats the one that failed.
+_HYPOTHESIS = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+    ],
+}
+hypothesis.settings.register_profile(
+    "normal", max_examples=200, derandomize=True, **_HYPOTHESIS
+)
+hypothesis.settings.register_profile("thorough", max_examples=2000, **_HYPOTHESIS)
+hypothesis.settings.load_profile("normal")
 
 
 @pytest.fixture(scope="session")

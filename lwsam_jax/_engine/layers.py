@@ -81,6 +81,7 @@ class Layers:
         rule = weights if rule is None else rule
         remedy = "Pass lwsam.weights, modules, leaves, blocks(pattern), or a function."
         _checks.is_callable("Layers.of", "rule", rule, remedy)
+        refuse_unsorted("Layers.of", "params", params)
         if not allow_masked:
             _refuse_masked("Layers.of", params)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -185,10 +186,22 @@ class Layers:
 _FILTER = "Equinox models are passed as eqx.filter(model, eqx.is_inexact_array)."
 
 
+def refuse_unsorted(who: str, argument: str, tree: Any) -> None:
+    """Raises on dictionaries whose keys JAX cannot bring into an order."""
+    try:
+        jax.tree.structure(tree)
+    except ValueError as error:
+        remedy = "Name all entries of one dictionary by keys of one kind."
+        expected = "a tree whose dictionaries can be sorted by their keys"
+        got = f"one that cannot ({error.__cause__ or error})"
+        raise _checks.value_error(who, argument, expected, got, remedy) from error
+
+
 def _refuse_non_arrays(paths: Sequence[tuple[Any, Any]]) -> None:
     """Raises on functions and other things that models keep among their arrays."""
     for path, leaf in paths:
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+        is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+        if not is_array and not isinstance(leaf, numbers.Number):
             got = f"{leaf!r} at {jax.tree_util.keystr(path)}"
             remedy = f"Take it out, to give it back inside the loss. {_FILTER}"
             raise _checks.type_error(

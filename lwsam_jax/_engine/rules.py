@@ -165,4 +165,4 @@ def _refusal(expected: str, got: Any, remedy: str) -> str:
 def natural_order(name: str) -> tuple[Any, ...]:
     """Returns a sort key by which "Block_2" comes before "Block_10"."""
     parts = re.split(r"(\d+)", name)
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts)
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)

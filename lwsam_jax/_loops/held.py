@@ -92,10 +92,8 @@ def count_factors(parts: MadeOf, leaves: list[Any]) -> list[int]:
     shapes = jax.eval_shape(
         lambda xs: parts.shape.factors(xs, xs, parts.layers),
         [
-            jax.ShapeDtypeStruct(x.shape, _tree.wide(jnp.zeros((), x.dtype)).dtype)
-            if jnp.issubdtype(x.dtype, jnp.inexact)
-            else x
-            for x in leaves
+            jax.eval_shape(_tree.wide, x) if at >= 0 else x
+            for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
         ],
     )
     return [s.size for s in shapes]

@@ -314,7 +314,7 @@ def _from_grad_fn(
     final, norms, memory = _passes.from_gradients(
         plan, state.memory, grads, params, descent_of, direction
     )
-    cast = lambda x, g: x.astype(g.dtype)
+    cast = lambda x, g: x.astype(_tree.own(g))
     return jax.tree.map(cast, final, grads), norms, state.value, memory
 
 

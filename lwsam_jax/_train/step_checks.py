@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import _checks, _tree
+from .._engine.layers import refuse_unsorted
 from .._loops import state as _state
+from .._loops.functional import refuse_integers
 from .._loops.held import PerturbedState
 from .._method import Method
 
@@ -47,6 +50,8 @@ def arguments(loss_fn: Any, base_optimizer: Any, method: Any) -> None:
 
 def loss(loss_fn: Any, args: tuple[Any, ...], axes: Any) -> None:
     """Raises unless the loss returns (loss, (model state as it came, metrics))."""
+    refuse_integers(WHO, args[0])
+    _model_state(args[1])
     _, output = jax.make_jaxpr(loss_fn, axis_env=axes, return_shape=True)(*args)
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2
     if not (is_pair(output) and is_pair(output[1])):
@@ -68,6 +73,22 @@ def loss(loss_fn: Any, args: tuple[Any, ...], axes: Any) -> None:
         expected = f"a function that returns a model state of {given}"
         got = f"one of {returned}"
         raise _checks.type_error(WHO, "loss_fn", expected, got, remedy)
+
+
+def _model_state(tree: Any) -> None:
+    """Raises on what no step can carry."""
+    refuse_unsorted(WHO, "model_state", tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        is_array = hasattr(leaf, "shape") and getattr(dtype, "kind", "") not in "OUSMm"
+        if dtype is None or not is_array:
+            is_array = isinstance(leaf, numbers.Number)
+        if not is_array:
+            got = f"{leaf!r} at {jax.tree_util.keystr(path)}"
+            remedy = "Take it out, to give it back inside the loss."
+            raise _checks.type_error(
+                WHO, "model_state", "a tree of arrays", got, remedy
+            )
 
 
 def _kinds(tree: Any) -> str:
