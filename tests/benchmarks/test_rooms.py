@@ -26,7 +26,7 @@ FLOORS = {
         ("support",),
         ("data", "models", "pages"),
         ("training",),
-        ("comparison", "speed", "tuning"),
+        ("comparison", "sharpness", "speed", "tuning"),
         ("accelerator", "paper"),
         ("commands",),
         ("__main__",),
@@ -73,6 +73,7 @@ FLOORS = {
     ),
     "tuning.report": (("summary",), ("page",)),
     "tuning.runs": (("measures", "optimizers"), ("course",), ("runner",)),
+    "sharpness": (("plot",), ("measure",)),
     "comparison": (
         ("demo", "pareto_methods"),
         ("demo_run", "pareto_report", "pareto_train"),
@@ -109,6 +110,7 @@ FLOORS = {
             "flops",
             "paper",
             "pareto",
+            "sharpness",
             "speed",
             "train",
             "tune",
@@ -117,7 +119,7 @@ FLOORS = {
     ),
     "commands.options": (("arguments",), ("method",)),
 }
-MOST_FILES = 12  # in a folder
+MOST_FILES = 14  # in a folder
 MOST_LINES = 350  # of a file
 
 

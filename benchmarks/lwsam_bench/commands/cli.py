@@ -13,6 +13,7 @@ from lwsam_bench.commands import (
     flops,
     paper,
     pareto,
+    sharpness,
     speed,
     train,
     tune,
@@ -43,7 +44,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Layer-wise SAM on real data, beside SGD and SAM.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (demo, train, tune, flops, speed, pareto, cost, accelerator, paper):
+    for command in (
+        demo,
+        train,
+        tune,
+        sharpness,
+        flops,
+        speed,
+        pareto,
+        cost,
+        accelerator,
+        paper,
+    ):
         command.add(commands, _start)
     return parser
 

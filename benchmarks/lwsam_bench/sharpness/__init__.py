@@ -1,0 +1,1 @@
+"""How sharp the loss of a trained network is."""
