@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lwsam_bench.pages import docs as docs_page
 from lwsam_bench.support.errors import UserError
-from lwsam_bench.tuning import results, tune
+from lwsam_bench.tuning import results, tune, workers
 from lwsam_bench.tuning.methods import BY_NAME, choose
 from lwsam_bench.tuning.protocol import Protocol, Request
 from lwsam_bench.tuning.report import page, summary
@@ -59,8 +59,27 @@ def outcomes(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
-    run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers.Hand, "_runner_of", _kept_runner)
+        run(folder)
     return folder
+
+
+RUNNERS = {}
+_fresh_runner = workers.Hand._runner_of
+
+
+def _kept_runner(hand, cell):
+    """The runner that an earlier test compiled; hands have their own otherwise."""
+    if cell.method.name not in RUNNERS:
+        RUNNERS[cell.method.name] = _fresh_runner(hand, cell), hand._origin
+    runner, hand._origin = RUNNERS[cell.method.name]
+    return runner
+
+
+@pytest.fixture
+def compiled(finished, monkeypatch):
+    monkeypatch.setattr(workers.Hand, "_runner_of", _kept_runner)
 
 
 def test_rows_have_what_is_reported(finished):
@@ -98,7 +117,15 @@ def test_all_runs_of_a_method_share_what_is_compiled(finished):
 
 
 @pytest.mark.parametrize("kept", [0, 3, 9])
-def test_a_killed_tuning_goes_on_where_it_was(finished, tmp_path, kept):
+def test_a_killed_tuning_goes_on_where_it_was(finished, tmp_path, compiled, kept):
+    _goes_on(finished, tmp_path, kept)
+
+
+def test_a_killed_tuning_goes_on_in_another_process(finished, tmp_path):
+    _goes_on(finished, tmp_path, kept=-2)  # with nothing compiled
+
+
+def _goes_on(finished, tmp_path, kept):
     out = shutil.copytree(finished, tmp_path / "out")
     path = out / results.ROWS
     lines = path.read_text().splitlines(keepends=True)
@@ -108,7 +135,7 @@ def test_a_killed_tuning_goes_on_where_it_was(finished, tmp_path, kept):
     assert outcomes(out) == outcomes(finished)
 
 
-def test_an_interrupt_leaves_whole_rows(finished, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_whole_rows(finished, tmp_path, compiled, monkeypatch):
     add, count = Results.add, 4
 
     def interrupted(self, row):
