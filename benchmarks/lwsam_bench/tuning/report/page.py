@@ -100,9 +100,13 @@ def _facts(rows: Sequence[Row]) -> str:
         f" {task['model']}, {task['steps'][0]} to {task['steps'][1]} steps."
         f" {rows[0]['trials']} trials for each method and set of draws, {draws}"
         f" {'sets' if draws > 1 else 'set'} of draws, {seeds} fresh seeds:"
-        f" {len(rows):,} runs in {hours(rows):.1f} hours of one core."
+        f" {len(rows):,} runs in {_duration(hours(rows))} of one core."
         f" JAX {origin['packages']['jax']}, {origin['platform']}."
     )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def _accuracy_table(found: Mapping[str, list[Tuned]]) -> str:
