@@ -21,6 +21,7 @@ from ._axes.which import bottom_k, everything, named, nothing, random_k, top_k
 from ._engine.cost import step_cost, StepCost
 from ._engine.cover import Cover
 from ._engine.layers import Layers
+from ._engine.loss_scale import DynamicLossScale, LossScaleState
 from ._engine.rules import blocks, leaves, modules, weights
 from ._loops.functional import value_and_grad
 from ._loops.held import PerturbedState
@@ -61,7 +62,7 @@ from ._presets.which.layerwise import layerwise_sam, LayerwiseSAM
 from ._presets.which.sam_on import sam_on
 from ._presets.which.sparse_sam import sparse_sam
 from ._train.find_rho import find_rho, FoundRho, Trial
-from ._train.one_step import StepInfo, TrainState
+from ._train.state import StepInfo, TrainState
 from ._train.step import TrainStep
 from ._version import __version__
 
@@ -70,12 +71,14 @@ __all__ = [
     "Combine",
     "Cover",
     "DASState",
+    "DynamicLossScale",
     "ElementMask",
     "FoundRho",
     "Gate",
     "Layers",
     "LayerwiseGrad",
     "LayerwiseSAM",
+    "LossScaleState",
     "MESA",
     "Measures",
     "Method",

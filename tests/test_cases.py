@@ -147,11 +147,17 @@ for tx in (
     for _ in range(2):
         p, s = update(p, s)
 step_loss = lambda p, m, b, k: (loss(p), (m, {}))
-for method in (
-    lwsam.LayerwiseSAM(k=1, rho=0.1, alpha=0.8, max_overhead=0.9),
-    lwsam.Method(lwsam.top_k(1), rho=0.1, ascent=lwsam.momentum(), mean_overhead=0.5),
+for method, more in (
+    (lwsam.LayerwiseSAM(k=1, rho=0.1, alpha=0.8, max_overhead=0.9), {}),
+    (
+        lwsam.Method(
+            lwsam.top_k(1), rho=0.1, ascent=lwsam.momentum(), mean_overhead=0.5
+        ),
+        {"on_nonfinite": "skip"},
+    ),
+    (lwsam.gsam(0.1, 0.4), {"loss_scale": lwsam.DynamicLossScale(2.0**9, period=1)}),
 ):
-    step = lwsam.TrainStep(step_loss, base, method)
+    step = lwsam.TrainStep(step_loss, base, method, **more)
     state = step.init(params, {}, jnp.ones(2), key=jax.random.key(0))
     for _ in range(2):
         state, info = step(state, jnp.ones(2))

@@ -34,7 +34,7 @@ HOUSE = (
 )
 FOLDERS = {
     "_engine": (
-        ("__init__", "graph", "rules", "trace"),
+        ("__init__", "graph", "loss_scale", "rules", "trace"),
         ("flops", "inline"),
         ("cut", "depth"),
         ("layers", "run"),
@@ -67,6 +67,7 @@ FOLDERS = {
             "find_rho",
             "parts",
             "skipping",
+            "state",
             "step_checks",
         ),
         ("budget", "study"),

@@ -252,3 +252,30 @@ def test_a_state_keeps_its_dtypes_in_every_step(name, dtype):
         lambda p, s: tx.update(p, s, p, value_fn=loss), params, state
     )
     chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
+
+
+def test_a_train_step_keeps_low_parameters_low_in_a_scan():
+    """And what a shape remembers wide; the norms too."""
+    params = {"v": jnp.ones((4, 3), jnp.bfloat16), "w": jnp.ones((3, 2), jnp.float16)}
+
+    def loss(p, model_state, batch, key):
+        del key
+        out = (batch @ p["v"].astype(jnp.float32)) @ p["w"].astype(jnp.float32)
+        return jnp.mean((out - 1.0) ** 2), (model_state, {})
+
+    step = lwsam.TrainStep(
+        loss,
+        optax.sgd(0.01, momentum=0.9),
+        lwsam.friendly_sam(0.1),
+        on_nonfinite="skip",
+        loss_scale=2.0**8,
+        donate=False,
+    )
+    batches = jnp.asarray(normal(3, (3, 8, 4)), jnp.float32)
+    state = step.init(params, {}, batches[0], key=jax.random.key(0))
+    after, infos = step.scan(state, batches)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert infos.finite.all()
+    remembered = jax.tree.leaves(state.method_state.memory.shape)
+    assert {x.dtype for x in remembered if x.ndim} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(infos.perturbation_norm, 0.1, rtol=0.05)  # rounded

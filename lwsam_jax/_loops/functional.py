@@ -72,10 +72,12 @@ def value_and_grad(
         gradients are averaged. The aux is not.
 
     Returns:
-      `function(params, *args, mask=None, ascent_args=None, key=None) -> LayerwiseGrad`.
-      The mask, bool[L] in pytree order, picks among the layers of a cover at run time;
-      None picks all of them. `ascent_args` is what the ascent sees in place of `args`,
-      a part of the batch for example. `key` is the PRNG key of `random()`.
+      `function(params, *args, mask=None, ascent_args=None, key=None, loss_scale=None) ->
+      LayerwiseGrad`. The mask, bool[L] in pytree order, picks among the layers of a cover
+      at run time; None picks all of them. `ascent_args` is what the ascent sees in place
+      of `args`, a part of the batch for example. `key` is the PRNG key of `random()`.
+      With a `loss_scale`, f32[], both backward passes run on gradients larger by it, and
+      what comes of them is divided by it in float32: see `DynamicLossScale`.
 
     Raises:
       ValueError: For arguments out of range, unknown layer names, Refs in the loss, a
@@ -126,6 +128,7 @@ def value_and_grad(
         mask: Any = None,
         ascent_args: tuple[Any, ...] | None = None,
         key: jax.Array | None = None,
+        loss_scale: Any = None,
     ) -> LayerwiseGrad:
         known = Layers.of(params, rule) if layers is None else layers
         known.flatten(_WHO, "params", params)
@@ -146,6 +149,7 @@ def value_and_grad(
             combine=method.combine,
             aux_from=aux_from,
             axis_name=axis_name,
+            scale=None if loss_scale is None else jnp.asarray(loss_scale, jnp.float32),
         )
         memory = remember(method, known, params)
         if jax.tree.leaves(memory):

@@ -12,7 +12,7 @@ from .. import _tree
 from .._axes import shape as _shape
 from .._axes.combine import Combine
 from .._engine.layers import Layers
-from .plan import Memory, Plan
+from .plan import LayerwiseGrad, Memory, Plan
 
 
 def without_ascent(combine: Combine, layers: Layers, grads: Any, state: Any) -> Any:
@@ -50,6 +50,56 @@ def gated(
     is_open, kept = plan.gate.decide(memory.gate, size**2, plan.step)
     out, after = jax.lax.cond(is_open, finish, plain)
     return out._replace(ascended=is_open), after._replace(gate=kept)
+
+
+def stay(
+    plan: Plan, moved: Any, params: Any, after: Memory, before: Memory
+) -> tuple[Plan, Any, Memory]:
+    """Returns what is left of a perturbation: nothing, where it is not finite.
+
+    Then the parameters stay, what is remembered too, and the mask of the plan is empty,
+    so that the step is the one without an ascent.
+
+    Args:
+      plan: What the step does; unguarded, all is returned as it came.
+      moved: The perturbed parameters.
+      params: The parameters.
+      after: What the step remembers.
+      before: What it remembered before.
+    """
+    if not plan.guards:
+        return plan, moved, after
+    leaves = jax.tree.leaves(moved)
+    finite = _tree.all_finite(([leaves[i] for i in plan.selected], after))
+    pick = lambda new, old: jnp.where(finite, new, old)
+    moved = jax.tree.map(pick, moved, params)
+    after = jax.tree.map(pick, after, before)
+    return plan._replace(mask=plan.bits & finite), moved, after
+
+
+def fall_back(
+    plan: Plan,
+    found: tuple[LayerwiseGrad, Memory],
+    plain: Callable[[], tuple[LayerwiseGrad, Memory]] | None,
+    params: Any,
+) -> tuple[LayerwiseGrad, Memory]:
+    """Returns a step, or the one on the clean gradient where it is not finite.
+
+    Only where some part reads that of all leaves, or every layer is perturbed: what else
+    an executable may know must not change what a step does.
+
+    Args:
+      plan: What the step does; unguarded, it is returned as it came.
+      found: The step and what it remembers.
+      plain: The step on the clean gradient; None: that of some leaf is not known.
+      params: Parameter tree.
+    """
+    if not plan.guards or plain is None:
+        return found
+    taken = found[0].finite
+    if not reads_all(plan, params):
+        taken = taken | ~jnp.all(plan.bits)
+    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), found, plain())
 
 
 def move(
@@ -144,6 +194,67 @@ def combined(
         state = jax.tree.map(pick, state, memory.combine)
         late = jax.tree.map(lambda x: jnp.where(ascended, x, 0), late)
     return grads, late, memory._replace(combine=state)
+
+
+def report_plain(plan: Plan, out: LayerwiseGrad) -> LayerwiseGrad:
+    """Returns a step that perturbs nothing, with what there is to say of it.
+
+    Both of its gradients are one, so that their cosine is 1.
+    """
+    dtype = out.norms.dtype
+    return out._replace(
+        mask=jnp.zeros((len(plan.layers),), bool),
+        perturbation_norm=jnp.zeros((), dtype),
+        cosine=jnp.ones((), dtype),
+        finite=_tree.all_finite((out.value, out.grads)),
+    )
+
+
+def report_both(
+    plan: Plan,
+    out: LayerwiseGrad,
+    perturbation_norm: jax.Array,
+    ascent: Sequence[jax.Array] | None,
+    descent: Sequence[jax.Array],
+) -> LayerwiseGrad:
+    """Returns a step with what there is to say of both of its passes.
+
+    Args:
+      plan: What it did.
+      out: What came of it.
+      perturbation_norm: Norm of the perturbation.
+      ascent: Gradient of the selected leaves, or of all, wide; None: there was no pass.
+      descent: Gradient of all leaves.
+    """
+    dtype = out.norms.dtype
+    finite = _tree.all_finite((out.value, out.perturbed_value, out.grads))
+    cosine = None
+    if ascent is not None:
+        if len(ascent) == len(descent):
+            ascent = [ascent[i] for i in plan.selected]
+        pairs = zip(plan.active, ascent, strict=True)
+        above = [_where(on, x, jnp.zeros_like(x)) for on, x in pairs]
+        pairs = zip(plan.active, plan.selected, strict=True)
+        below = [_where(on, descent[i], jnp.zeros_like(descent[i])) for on, i in pairs]
+        size = _tree.norm(above, dtype)
+        # Not every shape shows an ascent gradient of inf in what it makes of it.
+        finite = finite & jnp.isfinite(size)
+        cosine = _tree.inner(above, below, dtype) * _tree.reciprocal(size)
+        cosine = cosine * _tree.reciprocal(_tree.norm(below, dtype))
+        cosine = jnp.where(jnp.any(plan.bits), jnp.clip(cosine, -1, 1), 1)
+    return out._replace(
+        mask=plan.bits,
+        perturbation_norm=perturbation_norm.astype(dtype),
+        cosine=cosine,
+        finite=finite,
+    )
+
+
+def perturbation_norm(plan: Plan, moved: Any, params: Any) -> jax.Array:
+    """Returns the norm of the perturbation, as it is once the parameters are rounded."""
+    new, old = jax.tree.leaves(moved), jax.tree.leaves(params)
+    steps = [_tree.wide(new[i]) - _tree.wide(old[i]) for i in plan.selected]
+    return _tree.norm(steps, _tree.accumulation_dtype(*old))
 
 
 def _where(on: Any, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -5,17 +5,34 @@ Algorithm 1, lines 5 to 9, for any ascent, shape and combination.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import _tree
+from .._engine.loss_scale import narrowed, seed, unscaled, value_and_grad
 from .._engine.run import split_loss
-from .moves import combined, gated, move, reads_all, without_ascent
+from .moves import (
+    combined,
+    fall_back,
+    gated,
+    move,
+    reads_all,
+    report_plain,
+    without_ascent,
+)
 from .plan import LayerwiseGrad, Memory, Plan
-from .separate import as_gradient, ascend, descend, Losses, three_gradients
+from .separate import (
+    as_gradient,
+    ascend,
+    climb,
+    descend,
+    finished,
+    Losses,
+    three_gradients,
+)
 from .varying import local, mean, varying
 
 
@@ -61,29 +78,33 @@ def evaluate(
         return three_gradients(plan, memory, losses, params, direction)
     if direction is not None:
         along = as_gradient(plan, params, direction)
-        moved, memory = move(plan, memory, params, along, along)
-        return descend(plan, memory, loss, moved, None, None)
+        return descend(climb(plan, memory, params, along, along), loss, None, None)
     if ascent_loss is not None or descent_loss is not None:
         first = loss if ascent_loss is None else local(ascent_loss, params, axis)
         value, aux, ascent, whole = ascend(plan, first, params)
         if descent_loss is None:
 
             def finish():
-                moved, after = move(plan, memory, params, ascent, whole)
-                return descend(plan, after, loss, moved, value, whole or ascent)
+                there = climb(plan, memory, params, ascent, whole)
+                return descend(there, loss, value, whole or ascent)
 
             def plain():
                 out, after = _plain(plan, memory, loss, params)
                 return out._replace(ascent_value=value), after
 
             return gated(plan, memory, whole, finish, plain)
-        moved, memory = move(plan, memory, params, ascent, whole)
-        perturbed, perturbed_aux = loss(moved)
+        there = climb(plan, memory, params, ascent, whole)
+        perturbed, perturbed_aux = loss(there.params)
         part = local(descent_loss(aux, perturbed_aux), params, axis)
-        out, memory = descend(plan, memory, part, moved, value, whole or ascent)
+        out, after = descend(there, part, value, whole or ascent)
         perturbed = mean(perturbed, axis)
-        out = out._replace(value=value, aux=aux, perturbed_value=perturbed)
-        return out, memory
+        finite = out.finite & _tree.all_finite((value, perturbed))
+        out = out._replace(
+            value=value, aux=aux, perturbed_value=perturbed, finite=finite
+        )
+        known = _on_all(plan, params, ascent, whole)
+        plain = lambda: _clean(plan, memory, value, aux, known or (), params)
+        return fall_back(plan, (out, after), plain if known else None, params)
     return _split(plan, memory, loss, params)
 
 
@@ -133,9 +154,34 @@ def from_gradients(
 def _plain(
     plan: Plan, memory: Memory, loss: Loss, params: Any
 ) -> tuple[LayerwiseGrad, Memory]:
-    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, aux), grads = value_and_grad(loss, params, plan.scale)
     value, grads = mean((value, grads), plan.axis_name)
-    return _without_ascent(plan, memory, value, aux, grads)
+    grads = jax.tree.leaves(unscaled(grads, plan.scale))
+    return _clean(plan, memory, value, aux, grads, params)
+
+
+def _clean(
+    plan: Plan,
+    memory: Memory,
+    value: jax.Array,
+    aux: Any,
+    grads: Sequence[jax.Array],
+    params: Any,
+) -> tuple[LayerwiseGrad, Memory]:
+    """Returns a step on the gradient at the parameters, of all leaves."""
+    leaves, treedef = jax.tree.flatten(params)
+    norms = plan.layers.norms(jax.tree.unflatten(treedef, grads))
+    narrow = jax.tree.unflatten(treedef, narrowed(grads, leaves, plan.scale))
+    out, memory = _without_ascent(plan, memory, value, aux, narrow)
+    return report_plain(plan, out._replace(norms=norms)), memory
+
+
+def _on_all(
+    plan: Plan, params: Any, ascent: Sequence[jax.Array], whole: Any
+) -> Sequence[jax.Array] | None:
+    """Returns the ascent gradient of all leaves, None if it is known of some only."""
+    is_all = len(plan.selected) == len(jax.tree.leaves(params))
+    return ascent if whole is None and is_all else whole
 
 
 def _without_ascent(
@@ -154,7 +200,7 @@ def _split(
     plan: Plan, memory: Memory, loss: Loss, params: Any
 ) -> tuple[LayerwiseGrad, Memory]:
     """Both passes on one batch, which share what no selected leaf reaches."""
-    leaves, treedef = jax.tree.flatten(params)
+    leaves = jax.tree.leaves(params)
     selected = plan.selected
     others = [i for i in range(len(leaves)) if i not in set(selected)]
     weights = [leaves[i] for i in selected]
@@ -167,46 +213,47 @@ def _split(
         if through_residuals:
             inner = lambda w, r: parts.suffix(w, r, constants)
             value, pull, outputs = jax.vjp(inner, weights, residuals, has_aux=True)
-            return value, outputs, *pull(jnp.ones_like(value))
+            return value, outputs, *pull(seed(value, plan.scale))
         inner = lambda w: parts.suffix(w, residuals, constants)
         value, pull, outputs = jax.vjp(inner, weights, has_aux=True)
-        return value, outputs, pull(jnp.ones_like(value))[0], None
+        return value, outputs, pull(seed(value, plan.scale))[0], None
 
     def assemble(of_selected, of_others):
         flat = dict(zip(selected, of_selected, strict=True))
         flat.update(zip(others, of_others, strict=True))
         return [flat[i] for i in range(len(leaves))]
 
-    axis = plan.axis_name
+    axis, scale = plan.axis_name, plan.scale
     whole = None
     wants_all = reads_all(plan, params)
     value, clean, ascent, residual_grads = run(weights, residuals, wants_all)
     if wants_all:
-        ascent, rest = mean((ascent, pull_rest(residual_grads)[0]), axis)
+        both = mean((ascent, pull_rest(residual_grads)[0]), axis)
+        ascent, rest = unscaled(both, scale)
         whole = assemble(ascent, rest)
     else:
-        ascent = mean(ascent, axis)
+        ascent = unscaled(mean(ascent, axis), scale)
 
     def finish():
-        moved, after = move(plan, memory, params, ascent, whole)
-        moved_leaves = jax.tree.leaves(moved)
+        there = climb(plan, memory, params, ascent, whole)
+        moved = jax.tree.leaves(there.params)
         perturbed_value, perturbed, descent, residual_grads = run(
-            [moved_leaves[i] for i in selected], residuals, True
+            [moved[i] for i in selected], residuals, True
         )
         (rest,) = pull_rest(residual_grads)
         perturbed_value, descent, rest = mean((perturbed_value, descent, rest), axis)
         outputs = clean if plan.aux_from == "clean" else perturbed
         _, aux = jax.tree.unflatten(parts.out_tree, [value, *outputs])
-        found = jax.tree.unflatten(treedef, assemble(descent, rest))
-        grads, late, after = combined(plan, after, whole or ascent, found)
-        norms = plan.layers.norms(found)
-        out = LayerwiseGrad(value, aux, grads, norms, perturbed_value, value, late)
-        return out, after
+        found = assemble(*unscaled((descent, rest), scale))
+        return finished(
+            there, value, aux, perturbed_value, value, whole or ascent, found
+        )
 
     def plain():
         _, aux = jax.tree.unflatten(parts.out_tree, [value, *clean])
-        found = jax.tree.unflatten(treedef, whole or ())
-        return _without_ascent(plan, memory, value, aux, found)
+        return _clean(plan, memory, value, aux, known or (), params)
 
     value = mean(value, axis)
-    return gated(plan, memory, whole, finish, plain)
+    known = _on_all(plan, params, ascent, whole)
+    found = gated(plan, memory, whole, finish, plain)
+    return fall_back(plan, found, plain if known else None, params)

@@ -31,6 +31,11 @@ class LayerwiseGrad(NamedTuple):
       late: What the parameters lose after the base optimizer's step, times its learning
         rate, structured as they are; None where `combine` says nothing of that.
       ascended: bool[], whether a `Gate` was open; None where there is none.
+      mask: bool[L], layers that were perturbed.
+      perturbation_norm: f32[], norm of the perturbation over all parameters.
+      cosine: f32[], of the angle between the gradients of both passes on the perturbed
+        leaves, 1 where none is; None where the ascent takes no pass.
+      finite: bool[], whether the values and gradients of both passes are finite.
     """
 
     value: jax.Array
@@ -41,6 +46,10 @@ class LayerwiseGrad(NamedTuple):
     ascent_value: Any = None
     late: Any = None
     ascended: Any = None
+    mask: Any = None
+    perturbation_norm: Any = None
+    cosine: Any = None
+    finite: Any = None
 
 
 class Plan(NamedTuple):
@@ -58,6 +67,9 @@ class Plan(NamedTuple):
       axis_name: Mapped axis over which gradients and values are averaged, or None.
       gate: What decides within the step whether it perturbs, or None.
       step: Number of the step, for the gate.
+      guards: Static: whether a pass that is not finite makes the step a plain one, as far
+        as it can.
+      scale: f32[], the loss scale, or None.
     """
 
     layers: Layers
@@ -71,6 +83,8 @@ class Plan(NamedTuple):
     axis_name: Any = None
     gate: Gate | None = None
     step: Any = 0
+    guards: bool = False
+    scale: Any = None
 
     @property
     def selected(self) -> list[int]:

@@ -1,17 +1,25 @@
-"""Passes that share nothing: an ascent, a descent, and three gradients of one step."""
+"""The way to the perturbed point, and passes that share nothing: ascent and descent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .. import _checks
-from .moves import combined, move, reads_all
+from .._engine.loss_scale import narrowed, seed, unscaled, value_and_grad
+from .moves import (
+    combined,
+    move,
+    perturbation_norm,
+    reads_all,
+    report_both,
+    stay,
+)
 from .plan import LayerwiseGrad, Memory, Plan
-from .varying import mean
+from .varying import mean, settled
 
 
 Loss = Callable[[Any], tuple[jax.Array, Any]]
@@ -47,6 +55,30 @@ def as_gradient(plan: Plan, params: Any, direction: Any) -> list[jax.Array]:
     return [jnp.conj(x) for x in along]
 
 
+class Climb(NamedTuple):
+    """The step to the perturbed point, once it is done.
+
+    Attributes:
+      plan: What the step does from here on: its mask is empty if it had to stay.
+      memory: What it remembers so far.
+      params: The perturbed parameters.
+      norm: Norm of the perturbation.
+    """
+
+    plan: Plan
+    memory: Memory
+    params: Any
+    norm: jax.Array
+
+
+def climb(plan: Plan, memory: Memory, params: Any, direction: Any, whole: Any) -> Climb:
+    """Takes the step to the perturbed point; the arguments are those of `move`."""
+    moved, after = move(plan, memory, params, direction, whole)
+    plan, moved, after = stay(plan, moved, params, after, memory)
+    norm = perturbation_norm(plan, moved, params)
+    return Climb(plan, after, moved, settled(norm, plan.axis_name))
+
+
 def ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
     """Returns value, aux, and the gradients of the selected, and of all leaves."""
     leaves, treedef = jax.tree.flatten(params)
@@ -59,74 +91,106 @@ def ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
             now[i] = leaf
         return loss(jax.tree.unflatten(treedef, now))
 
-    (value, aux), grads = jax.value_and_grad(of_some, has_aux=True)(
-        [leaves[i] for i in places]
-    )
+    some = [leaves[i] for i in places]
+    (value, aux), grads = value_and_grad(of_some, some, plan.scale)
     value, grads = mean((value, grads), plan.axis_name)
+    grads = unscaled(grads, plan.scale)
     if wants_all:
         return value, aux, [grads[i] for i in plan.selected], grads
     return value, aux, grads, None
 
 
 def descend(
-    plan: Plan, memory: Memory, loss: Loss, moved: Any, ascent_value: Any, ascent: Any
+    there: Climb, loss: Loss, ascent_value: Any, ascent: Any
 ) -> tuple[LayerwiseGrad, Memory]:
     """The descent by itself, where it shares nothing with the ascent."""
-    (value, aux), descent = jax.value_and_grad(loss, has_aux=True)(moved)
+    plan = there.plan
+    (value, aux), descent = value_and_grad(loss, there.params, plan.scale)
     value, descent = mean((value, descent), plan.axis_name)
-    norms = plan.layers.norms(descent)
-    grads, late, memory = combined(plan, memory, ascent, descent)
-    return LayerwiseGrad(value, aux, grads, norms, value, ascent_value, late), memory
+    descent = jax.tree.leaves(unscaled(descent, plan.scale))
+    return finished(there, value, aux, value, ascent_value, ascent, descent)
+
+
+def finished(
+    there: Climb,
+    value: jax.Array,
+    aux: Any,
+    perturbed_value: jax.Array,
+    ascent_value: Any,
+    ascent: Sequence[jax.Array] | None,
+    descent: Sequence[jax.Array],
+    rest: Sequence[jax.Array] | None = None,
+) -> tuple[LayerwiseGrad, Memory]:
+    """Returns a step, from the gradients of its passes; `rest` is added in the end."""
+    plan = there.plan
+    leaves, treedef = jax.tree.flatten(there.params)
+    unflatten = lambda xs: jax.tree.unflatten(treedef, xs)
+    below, above = narrowed(descent, leaves, plan.scale), ascent
+    if above is not None:
+        some = [leaves[i] for i in plan.selected]
+        like = leaves if len(above) == len(leaves) else some
+        above = narrowed(above, like, plan.scale)
+    grads, late, memory = combined(plan, there.memory, above, unflatten(below))
+    total = descent
+    if rest is not None:
+        more = unflatten(narrowed(rest, leaves, plan.scale))
+        grads = jax.tree.map(jnp.add, grads, more)
+        total = [x + g for x, g in zip(descent, rest, strict=True)]
+    norms = plan.layers.norms(unflatten(total))
+    out = LayerwiseGrad(value, aux, grads, norms, perturbed_value, ascent_value, late)
+    out = report_both(plan, out, there.norm, ascent, descent)
+    return out, memory
 
 
 def three_gradients(
     plan: Plan, memory: Memory, losses: Losses, params: Any, direction: Any
 ) -> tuple[LayerwiseGrad, Memory]:
     """The gradient of a method whose passes have losses of their own."""
-    axis = plan.axis_name
+    axis, scale = plan.axis_name, plan.scale
     plain: Any = None
     aux, rest, given = None, None, None
     if direction is not None:
         along = as_gradient(plan, params, direction)
-        moved, memory = move(plan, memory, params, along, along)
+        there = climb(plan, memory, params, along, along)
     else:
         if losses.both is not None:
-            (aux, plain), everywhere, rest = _ascend_twice(losses.both, params)
+            found = _ascend_twice(losses.both, params, scale)
+            (aux, plain), everywhere, rest = found
             ascent = mean([everywhere[i] for i in plan.selected], axis)
             whole = mean(everywhere, axis) if reads_all(plan, params) else None
-            rest = mean(rest, axis)
+            ascent, whole = unscaled((ascent, whole), scale)
         else:
             _, (aux, plain), ascent, whole = ascend(plan, losses.ascent, params)
             if losses.rest is not None:
-                rest = mean(jax.grad(losses.rest, has_aux=True)(params)[0], axis)
-        moved, memory = move(plan, memory, params, ascent, whole)
+                _, rest = value_and_grad(losses.rest, params, scale)
+        there = climb(plan, memory, params, ascent, whole)
         given, plain = whole or ascent, mean(plain, axis)
-    (_, (own_aux, at_point)), descent = jax.value_and_grad(
-        losses.descent, has_aux=True
-    )(moved)
-    at_point, descent = mean((at_point, descent), axis)
-    grads, late, memory = combined(plan, memory, given, descent)
     if rest is not None:
-        grads, descent = (
-            jax.tree.map(lambda x, g: x + g, tree, rest) for tree in (grads, descent)
-        )
-    whole_known = direction is None and losses.one_batch
-    out = LayerwiseGrad(
-        value=plain if whole_known else at_point,
-        aux=aux if whole_known else own_aux,
-        grads=grads,
-        norms=plan.layers.norms(descent),
-        perturbed_value=at_point,
-        ascent_value=plain,
-        late=late,
+        rest = jax.tree.leaves(unscaled(mean(rest, axis), scale))
+    (_, (own_aux, at_point)), descent = value_and_grad(
+        losses.descent, there.params, scale
     )
-    return out, memory
+    at_point, descent = mean((at_point, descent), axis)
+    descent = jax.tree.leaves(unscaled(descent, scale))
+    is_known = direction is None and losses.one_batch
+    return finished(
+        there,
+        plain if is_known else at_point,
+        aux if is_known else own_aux,
+        at_point,
+        plain,
+        given,
+        descent,
+        rest,
+    )
 
 
-def _ascend_twice(both: Callable[[Any], Any], params: Any) -> tuple[Any, Any, Any]:
+def _ascend_twice(
+    both: Callable[[Any], Any], params: Any, scale: Any
+) -> tuple[Any, Any, Any]:
     """Two gradients from one forward pass: aux, leaves of the first, and the second."""
     values, pull, aux = jax.vjp(both, params, has_aux=True)
-    one = tuple(jnp.ones_like(x) for x in values)
+    one = tuple(seed(x, scale) for x in values)
     none = tuple(jnp.zeros_like(x) for x in values)
     (ascent,), (rest,) = pull((one[0], none[1])), pull((none[0], one[1]))
     return aux, jax.tree.leaves(ascent), rest

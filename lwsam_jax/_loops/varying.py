@@ -55,6 +55,11 @@ def _axes_of(x: Any) -> frozenset[Any]:
     return frozenset(getattr(kind, "vma", ()))
 
 
+def settled(x: jax.Array, axis_name: Any) -> jax.Array:
+    """Returns a scalar that devices have in common, without the type that says other."""
+    return mean(x, axis_name) if _axes_of(x) else x
+
+
 def mean(tree: Any, axis_name: Any) -> Any:
     """Returns the mean over the devices of a mapped axis, or what came without one."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

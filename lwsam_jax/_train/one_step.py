@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,76 +15,17 @@ from .._engine.cover import Cover
 from .._loops import passes as _passes, state as _state
 from .._loops.functional import scalar_loss
 from .._loops.plan import LayerwiseGrad, Memory, Plan, remember
-from .._loops.state import MethodState
 from .._loops.varying import local, varying
 from .._method import Method
 from . import budget as _budget, parts as _parts
 from .devices import Devices
-from .skipping import held_back
+from .skipping import Faults, held_back
+from .state import StepInfo, TrainState
 from .study import Study
 
 
 # Folded into the step's key for what only the ascent draws; the loss sees the key itself.
 _OF_THE_ASCENT = 0x5A4D
-
-
-class TrainState(NamedTuple):
-    """All that a run needs to go on; no leaf has a device axis.
-
-    Attributes:
-      params: Parameter tree, always the unperturbed ones.
-      model_state: What the loss carries from step to step, such as BatchNorm statistics.
-      opt_state: State of the base optimizer.
-      method_state: `MethodState`: norms, the mask of the next step, what parts remember.
-      hyperparams: `rho` and `alpha` where they are no static 0 and 1, f32[] each (f64
-        for float64 parameters): a loop sets them between steps. Of a schedule, what the
-        last step had.
-      key: PRNG key of the run; constant, each step folds its number in.
-      step: int32[], steps done, those that were skipped among them.
-      skipped: int32[], how many were: 0 unless `on_nonfinite="skip"`.
-    """
-
-    params: Any
-    model_state: Any
-    opt_state: Any
-    method_state: MethodState
-    hyperparams: Any
-    key: jax.Array
-    step: jax.Array
-    skipped: jax.Array
-
-
-class StepInfo(NamedTuple):
-    """What a step reports; arrays, so that reading them is when the host waits.
-
-    Attributes:
-      value: Clean loss on the whole batch, f32[]; where no pass sees both,
-        `perturbed_value`.
-      perturbed_value: Loss at the perturbed point; `value` in a plain step.
-      ascent_value: Clean loss on what the ascent sees; None where it takes no pass.
-      metrics: The loss's metrics, of the clean pass on the whole batch, or where there
-        is none of the descent. Over devices floats are averaged, integers summed.
-      norms: f32[L], gradient norms at the perturbed point.
-      mask: bool[L], layers that this step perturbed.
-      rho: f32[], the radius that was applied, 0 in a plain step.
-      overhead: f32[], FLOPs of the executable that ran over a plain gradient, minus 1,
-        by the cost model of `lwsam.step_cost`.
-      mean_overhead: f32[], its mean over all steps of the state.
-      finite: bool[], whether both values and the gradient are finite.
-      skipped: int32[], how many steps of the run were skipped, this one included.
-    """
-
-    value: jax.Array
-    perturbed_value: jax.Array
-    ascent_value: Any
-    metrics: Any
-    norms: jax.Array
-    mask: jax.Array
-    rho: jax.Array
-    overhead: jax.Array
-    mean_overhead: jax.Array
-    finite: jax.Array
-    skipped: jax.Array
 
 
 class OneStep:
@@ -98,14 +39,15 @@ class OneStep:
         devices: Devices,
         study: Study,
         selection_lag: int,
-        skips: bool = False,
+        faults: Faults,
     ) -> None:
         """Takes what a step needs to know beside the selection."""
         self._loss_fn = scalar_loss("TrainStep", "loss_fn", loss_fn, has_aux=True)
         self._optimizer, self._method = optimizer, method
         self._devices, self._layers = devices, study.layers
         self._ratio, self._study, self._lag = study.ratio, study, selection_lag
-        self._skips = skips
+        self._skips, self._scaler = faults
+        self._sees_both = not method.is_stale and method.ascent.cut is None
         self.purse = _budget.Purse(method, study.layers, study.menu)
 
     def init(self, params: Any, model_state: Any, key: jax.Array) -> TrainState:
@@ -135,6 +77,7 @@ class OneStep:
             key=key,
             step=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
+            loss_scale=() if self._scaler is None else self._scaler.init(),
         )
 
     def run(
@@ -143,7 +86,7 @@ class OneStep:
         """One step on one device; returns the mask that it decided on as well."""
         method, before = self._method, state.method_state
         hyperparams = method.scheduled(state.hyperparams, state.step)
-        plan = self._plan(selection, before.mask, hyperparams, state.step)
+        plan = self._plan(selection, state, hyperparams)
         out, memory, seen = self._gradient(plan, state, batch)
         model_state, metrics = self._devices.average(*out.aux)
         kept = before.ascent
@@ -153,17 +96,15 @@ class OneStep:
             out.grads, state.opt_state, state.params, value=out.value
         )
         norms = out.norms.astype(before.norms.dtype)
-        finite = _tree.all_finite((out.value, out.perturbed_value, out.grads))
-        taken = finite & _tree.all_finite(updates) if self._skips else None
+        taken = out.finite & _tree.all_finite(updates) if self._skips else None
         known = norms if taken is None else jnp.where(taken, norms, before.norms)
         decided, unspent = self.purse.choose(
             known, state.step + 1 + len(before.pending), before.budget.unspent
         )
         queue = (*before.pending, decided)
         overhead = jnp.float32(self._ratio(selection if plan.chosen else ()) - 1.0)
-        mask, rho = plan.bits, plan.rho_applied.astype(norms.dtype)
+        rho = jnp.where(jnp.any(out.mask), plan.rho_applied, 0).astype(norms.dtype)
         if out.ascended is not None:
-            mask, rho = mask & out.ascended, jnp.where(out.ascended, rho, 0)
             overhead = jnp.where(out.ascended, overhead, self._study.closed)
         spent = _budget.running_mean(before.budget.mean_overhead, overhead, state.step)
         params = optax.apply_updates(state.params, updates)
@@ -182,6 +123,9 @@ class OneStep:
             key=state.key,
             step=jnp.asarray(optax.safe_increment(state.step)),
             skipped=state.skipped,
+            loss_scale=()
+            if self._scaler is None
+            else self._scaler.update(state.loss_scale, out.finite),
         )
         if taken is not None:
             new_state = held_back(taken, new_state, state)
@@ -191,12 +135,16 @@ class OneStep:
             ascent_value=out.ascent_value if method.has_clean_pass else None,
             metrics=metrics,
             norms=norms,
-            mask=mask,
+            mask=out.mask,
             rho=rho,
+            perturbation_norm=out.perturbation_norm,
+            gap=out.perturbed_value - out.value if self._sees_both else None,
+            cosine=None if method.is_stale else out.cosine,
             overhead=overhead,
             mean_overhead=spent,
-            finite=finite,
+            finite=out.finite,
             skipped=new_state.skipped,
+            loss_scale=plan.scale,
         )
         return new_state, info, decided
 
@@ -211,10 +159,9 @@ class OneStep:
 
     def _plan(
         self,
-        selection: Any,
-        mask: jax.Array,
+        selection: tuple[str, ...] | Cover,
+        state: TrainState,
         hyperparams: dict[str, Any],
-        step: jax.Array,
     ) -> Plan:
         method, layers = self._method, self._layers
         is_cover = isinstance(selection, Cover)
@@ -223,14 +170,16 @@ class OneStep:
         return Plan(
             layers=layers,
             chosen=chosen,
-            mask=mask if is_cover else None,
+            mask=state.method_state.mask if is_cover else None,
             rho=hyperparams.get("rho", method.rho),
             alpha=hyperparams.get("alpha", method.combine.alpha),
             shape=method.shape,
             combine=method.combine,
             axis_name=self._devices.axis_name,
             gate=None if method.is_plain else method.gate,
-            step=step,
+            step=state.step,
+            guards=self._skips and self._scaler is None,
+            scale=None if self._scaler is None else state.loss_scale.scale,
         )
 
     def _gradient(

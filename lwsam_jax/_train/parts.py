@@ -75,8 +75,17 @@ def evaluate_parts(
         perturbed_value=perturbed_value,
         ascent_value=ascent_value,
         late=mean(found.late, axis),
+        mask=_share(found.mask, axis) > 0,
+        perturbation_norm=mean(found.perturbation_norm, axis),
+        cosine=mean(found.cosine, axis),
     )
-    return Parts(out, moved)
+    finite = _tree.all_finite((out.value, out.perturbed_value, out.grads))
+    return Parts(out._replace(finite=finite & (_share(found.finite, axis) == 1)), moved)
+
+
+def _share(bits: jax.Array, axis: Any) -> jax.Array:
+    """Returns on which share of the devices a bit is set."""
+    return mean(bits.astype(jnp.float32), axis)
 
 
 def refuse_memory(who: str, memory: Memory) -> None:
@@ -110,7 +119,11 @@ def _each(
 
     out = jax.lax.map(run, (stacked, first + jnp.arange(len(pieces))))
     averaged = jax.tree.map(lambda x: jnp.mean(x, 0), out._replace(aux=None))
-    return averaged._replace(aux=_as_of_one(out.aux, size))
+    return averaged._replace(
+        aux=_as_of_one(out.aux, size),
+        mask=jnp.any(out.mask, 0),
+        finite=jnp.all(out.finite, 0),
+    )
 
 
 def _as_of_one(aux: Any, size: int) -> Any:

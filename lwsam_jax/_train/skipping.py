@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .. import _checks
+from .._engine.loss_scale import as_loss_scale
 
-ON_NONFINITE = ("report", "skip")
+
 # Where a step is skipped, these stay; counters, keys and the masks to come go on.
 _STATE = ("params", "model_state", "opt_state")
 _METHOD_STATE = ("norms", "value", "memory", "ascent")
+
+
+class Faults(NamedTuple):
+    """What is done about a step that is not finite.
+
+    Attributes:
+      skips: Whether it is skipped; with a loss scale it always is.
+      scaler: The loss scale, or None.
+    """
+
+    skips: bool
+    scaler: Any
+
+
+def faults(who: str, on_nonfinite: Any, loss_scale: Any) -> Faults:
+    """Returns what the arguments say; raises on what they cannot."""
+    _checks.choice(who, "on_nonfinite", on_nonfinite, ("report", "skip"))
+    scaler = as_loss_scale(who, loss_scale)
+    return Faults(on_nonfinite == "skip" or scaler is not None, scaler)
 
 
 def held_back(taken: jax.Array, new: Any, old: Any) -> Any:

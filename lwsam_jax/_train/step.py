@@ -17,14 +17,16 @@ from .. import _checks
 from .._engine.cost import StepCost
 from .._engine.cover import Cover
 from .._engine.layers import Layers
+from .._engine.loss_scale import DynamicLossScale
 from .._loops import state as _state
 from .._loops.refresh import at_least_one
 from .._method import Method
 from . import executables as _executables, step_checks as _step_checks
 from .devices import Devices
 from .executables import Executables, Menu
-from .one_step import OneStep, StepInfo, TrainState
-from .skipping import ON_NONFINITE
+from .one_step import OneStep
+from .skipping import faults
+from .state import StepInfo, TrainState
 from .step_checks import WHO
 from .study import study, warn_if_nothing_is_affordable
 
@@ -57,10 +59,11 @@ class TrainStep:
       selection_lag: 0: a step perturbs the layers that the norms of the step before
         select (Algorithm 1). n: those of the step n before that, so that the host does
         not wait for the device.
-      on_nonfinite: What is done about a step whose loss or gradient is not finite.
-        "report": `info.finite` is False, and the step is taken. "skip": parameters,
-        model state, the optimizer's state and what the method remembers stay, bit for
-        bit; `state.step` goes on, and `info.skipped` counts.
+      on_nonfinite: "report": a step that is not finite is taken, `info.finite` is False.
+        "skip": parameters, model state and what optimizer and method remember stay, bit
+        for bit, and `info.skipped` counts; if only the ascent fails, the step is plain.
+      loss_scale: A `DynamicLossScale` or a number, for losses in float16; a step in
+        which either pass overflows is skipped.
       donate: Whether a step donates the state that goes in, to save its memory. With
         False the state and its parts can be kept; with True copy what you keep.
 
@@ -100,6 +103,7 @@ class TrainStep:
         max_executables: int = 12,
         selection_lag: int = 0,
         on_nonfinite: str = "report",
+        loss_scale: DynamicLossScale | float | None = None,
         donate: bool = True,
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
@@ -107,8 +111,7 @@ class TrainStep:
         _executables.check_most(WHO, max_executables)
         remedy = "Pass by how many steps the norms are late; 0 is Algorithm 1."
         _checks.count(WHO, "selection_lag", selection_lag, remedy)
-        _checks.choice(WHO, "on_nonfinite", on_nonfinite, ON_NONFINITE)
-        self._skips = on_nonfinite == "skip"
+        self._faults = faults(WHO, on_nonfinite, loss_scale)
         self._loss_fn = loss_fn
         self._optimizer = optax.with_extra_args_support(base_optimizer)
         self._method = method
@@ -158,8 +161,7 @@ class TrainStep:
         self._study(params, model_state, example_batch, key)
         state = self._one.init(params, model_state, key)
         _step_checks.optimizer_state(state.opt_state)
-        # Steps donate their state: the caller keeps its arrays, and a buffer that two
-        # leaves share could not be donated twice.
+        # The caller keeps its arrays, and no buffer of two leaves is donated twice.
         return self._devices.place_state(jax.tree.map(_copy, state))
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
@@ -327,7 +329,7 @@ class TrainStep:
             self._devices,
             found,
             self._lag,
-            self._skips,
+            self._faults,
         )
         self._executables = Executables(found.menu, self._build)
         self._scans.clear()
