@@ -75,8 +75,8 @@ FLOORS = {
     "tuning.runs": (("measures", "optimizers"), ("course",), ("runner",)),
     "sharpness": (("plot",), ("measure",)),
     "comparison": (
-        ("demo", "pareto_methods"),
-        ("demo_run", "pareto_report", "pareto_train"),
+        ("demo", "pareto_methods", "precision_train"),
+        ("demo_run", "pareto_report", "pareto_train", "precision"),
         ("pareto",),
     ),
     "speed": (
@@ -110,6 +110,7 @@ FLOORS = {
             "flops",
             "paper",
             "pareto",
+            "precision",
             "sharpness",
             "speed",
             "train",
