@@ -427,6 +427,30 @@ def relative_to_layers(layers: LayersByDepth) -> Shape:
     return shape
 
 
+def proportional_to_filters(is_mean: bool = False) -> Shape:
+    """|w_f| a_f for each slice f of the last axis, or its root mean square times a_f."""
+
+    def shape(w, direction, names):
+        epsilon = {}
+        for name, leaf in only(direction, names).items():
+            axes = tuple(range(leaf.ndim - 1)) if leaf.ndim > 1 else None
+            size = np.sqrt(np.sum(w[name] ** 2, axis=axes))
+            count = leaf.size // (leaf.shape[-1] if leaf.ndim > 1 else 1)
+            epsilon[name] = size / np.sqrt(count if is_mean else 1) * leaf
+        return epsilon
+
+    return shape
+
+
+def proportional_to_elements() -> Shape:
+    """w a, element by element."""
+
+    def shape(w, direction, names):
+        return {n: w[n] * leaf for n, leaf in only(direction, names).items()}
+
+    return shape
+
+
 def relative_to_filters(leaves: Collection[str]) -> Shape:
     """|w_f| a_f / |a_f| for each slice f of the last axis, in these leaves alone.
 

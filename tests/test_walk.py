@@ -94,6 +94,9 @@ SHAPE = {
     "adaptive": lambda: lwsam.adaptive(walk.ETA),
     "relative layer": lwsam.relative,
     "relative filter": lambda: lwsam.relative("filter"),
+    "proportional filter": lwsam.proportional,
+    "proportional rms": lambda: lwsam.proportional(of="rms"),
+    "proportional element": lambda: lwsam.proportional("element"),
     "chain": lambda: optax.chain(optax.trace(walk.DECAY), lwsam.normalized()),
     "sparse": lambda: optax.chain(lwsam.normalized(), elements()),
 }

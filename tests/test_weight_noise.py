@@ -259,6 +259,18 @@ def test_damp_is_the_same_on_any_number_of_devices(devices):
     np.testing.assert_allclose(ours[2][1].value, alone[2][1].value)
 
 
+@pytest.mark.parametrize("name", ["damp", "arwp"])
+def test_many_steps_in_one_executable_are_the_same(name):
+    with enable_x64(True):
+        step = lwsam.TrainStep(loss_fn, base_optimizer(), method(name))
+        params = to_tree(reference.mlp_params())
+        state = step.init(params, jnp.zeros(()), BATCHES[0], key=KEY)
+        stacked = jax.tree.map(lambda *xs: np.stack(xs), *BATCHES[:3])
+        state, infos = step.scan(state, stacked)
+        assert_follows([from_tree(state.params)], [trained(name)[2][0]])
+        assert infos.metrics["losses"].shape == (3, SIZE)
+
+
 def test_a_sam_step_of_parts_is_m_sharpness():
     ours = train(lwsam.sam(0.3, split=lwsam.sub_batches(PARTS)), steps=4)
     inner = family.sam(GRADIENT, rho=0.3)

@@ -43,6 +43,9 @@ PARTS = {
         "adaptive",
         "relative layer",
         "relative filter",
+        "proportional filter",
+        "proportional rms",
+        "proportional element",
         "chain",
         "sparse",
     ),
@@ -220,7 +223,7 @@ def step(
     if parts.descent == "sharpest":
         rise = LOSSES(point, batch) - LOSSES(w, batch)
         order = np.argsort(-rise, kind="stable")
-        seen = family.rows_of(batch, np.sort(order[: int(SHARE * SIZE)]))
+        seen = family.rows_of(batch, np.sort(order[: int(SHARE * len(order))]))
     descent = GRADIENT(point, seen)
     update, across, late = descent, last.across, None
     if parts.combine == "decoupled":
@@ -313,6 +316,9 @@ def _perturbation(
         "adaptive": family.adaptive(ETA),
         "relative layer": family.relative_to_layers(LAYERS),
         "relative filter": family.relative_to_filters(MEMBERS),
+        "proportional filter": family.proportional_to_filters(),
+        "proportional rms": family.proportional_to_filters(is_mean=True),
+        "proportional element": family.proportional_to_elements(),
         "chain": family.normalized(),
         "sparse": family.normalized(),
     }

@@ -149,9 +149,12 @@ def _check(method: Any) -> None:
         raise _checks.type_error(who, "method", "a Method", repr(method), remedy)
     for name in ("max_overhead", "mean_overhead", "descent", "split"):
         if getattr(method, name) is not None:
-            remedy = "Use lwsam.TrainStep, which chooses what each step runs."
-            got = repr(getattr(method, name))
-            raise _checks.value_error(who, f"method.{name}", "None", got, remedy)
+            remedy = "Use lwsam.TrainStep, which has the batch and chooses what runs."
+            expected, got = (
+                "None, for no batch is seen here",
+                repr(getattr(method, name)),
+            )
+            raise _checks.value_error(who, f"method.{name}", expected, got, remedy)
     if method.combine.late is not None:
         remedy = "Use lwsam.TrainStep, or a form that goes through the base optimizer."
         expected = (

@@ -143,6 +143,6 @@ def _as_of_one(aux: Any, size: int) -> Any:
         jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else otherwise(x)
     )
     state = jax.tree.map(lambda x: average(x, lambda x: x[-1]), model_state)
-    total = lambda x: jnp.sum(x, 0)
+    total = lambda x: jnp.sum(x, 0, dtype=x.dtype)
     found = jax.tree.map(lambda x: merged(x, lambda x: average(x, total)), metrics)
     return state, found
