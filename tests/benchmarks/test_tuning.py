@@ -230,6 +230,13 @@ def test_the_page_of_the_documentation_is_that_of_the_committed_rows():
     assert shown.strip() == page.sections(tunings).strip()
 
 
+def test_a_page_without_the_base_has_no_differences(finished):
+    rows = [row for row in rows_in(finished) if row["method"] != "sgd"]
+    text = page.section(rows, plot_folder="")
+    assert "| random, relative | 1.00 |" in text
+    assert "Up to" not in text
+
+
 def tuned(name, draws, *accuracies, price=1.0):
     rows = {
         seed: {"last": {"accuracy": x}, "price": price}

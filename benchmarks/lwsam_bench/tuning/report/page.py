@@ -77,9 +77,10 @@ def section(rows: Sequence[Row], plot_folder: str) -> str:
     """Return the Markdown of one task."""
     found = summarize(rows)
     lines = [f"## {title(rows[0]['task'])}", _facts(rows)]
-    families = [f for f in ("sgd", "adamw") if f in found]
-    for family in families:
+    for family in ("sgd", "adamw"):
         some = {n: t for n, t in found.items() if t[0].method.family == family}
+        if not some:
+            continue
         lines += [
             f"![Accuracy over gradients]({plot_folder}{_plot_name(rows, family)})",
             _accuracy_table(some),
