@@ -1,23 +1,26 @@
 """Perturbed training for JAX: layer-wise SAM (Lee, KDD 2024) and its whole family."""
 
 from ._axes.ascent import micro_batch, momentum, previous, random, Stale, whole_batch
+from ._axes.bandit import bandit
 from ._axes.combine import (
     Combine,
     decoupled,
     descend,
+    descend_on_selected,
+    flatness,
     match_norm,
     mix,
     reuse,
     surrogate_gap,
 )
-from ._axes.descent import sharpest
+from ._axes.descent import sharpest, weighed
+from ._axes.probe import differences, Probe, subspace_differences
 from ._axes.proportional import proportional
 from ._axes.shape import adaptive, normalized, raw, relative
 from ._axes.sparse import ElementMask, fisher_mask, set_mask, sparse
 from ._axes.sub_batches import sub_batches
-from ._axes.weighed import weighed
 from ._axes.when import always, between, every, Gate, last, unusual
-from ._axes.which import bottom_k, everything, named, nothing, random_k, top_k
+from ._axes.which import bottom_k, everything, Learner, named, nothing, random_k, top_k
 from ._engine.cost import step_cost, StepCost
 from ._engine.cover import Cover
 from ._engine.layers import Layers
@@ -32,8 +35,11 @@ from ._loops.state import MethodState, selection, value
 from ._loops.transform import as_optax
 from ._measure.sharpness import Measures, Sharpness, sharpness
 from ._method import Method
+from ._presets.ascent.adazo_sam import adazo_sam
 from ._presets.ascent.async_sam import async_sam
+from ._presets.ascent.lorenza import lorenza
 from ._presets.ascent.momentum_sam import momentum_sam
+from ._presets.combine.gam import gam
 from ._presets.combine.generalized_sam import generalized_sam
 from ._presets.combine.gsam import gsam
 from ._presets.combine.stable_sam import stable_sam
@@ -49,6 +55,7 @@ from ._presets.samples.csam import csam
 from ._presets.samples.esam import esam
 from ._presets.samples.focal_sam import focal_sam
 from ._presets.samples.imbsam import imbsam
+from ._presets.samples.m_sam import m_sam
 from ._presets.shape.asam import asam
 from ._presets.shape.friendly_sam import friendly_sam
 from ._presets.shape.gcsam import gcsam
@@ -60,6 +67,7 @@ from ._presets.when.ae_sam import ae_sam
 from ._presets.when.looksam import looksam
 from ._presets.which.layerwise import layerwise_sam, LayerwiseSAM
 from ._presets.which.sam_on import sam_on
+from ._presets.which.sl_sam import sl_sam
 from ._presets.which.sparse_sam import sparse_sam
 from ._train.find_rho import find_rho, FoundRho, Trial
 from ._train.state import StepInfo, TrainState
@@ -78,6 +86,7 @@ __all__ = [
     "Layers",
     "LayerwiseGrad",
     "LayerwiseSAM",
+    "Learner",
     "LossScaleState",
     "MESA",
     "Measures",
@@ -85,6 +94,7 @@ __all__ = [
     "MethodState",
     "PerturbedState",
     "Priced",
+    "Probe",
     "SAF",
     "Sharpness",
     "Stale",
@@ -95,12 +105,14 @@ __all__ = [
     "Trial",
     "__version__",
     "adaptive",
+    "adazo_sam",
     "ae_sam",
     "always",
     "arwp",
     "as_optax",
     "asam",
     "async_sam",
+    "bandit",
     "between",
     "blocks",
     "bottom_k",
@@ -109,6 +121,8 @@ __all__ = [
     "das",
     "decoupled",
     "descend",
+    "descend_on_selected",
+    "differences",
     "esam",
     "eval_params",
     "every",
@@ -116,9 +130,11 @@ __all__ = [
     "find_rho",
     "fisher_mask",
     "flat_lora",
+    "flatness",
     "focal_sam",
     "for_price",
     "friendly_sam",
+    "gam",
     "gcsam",
     "generalized_sam",
     "gsam",
@@ -129,8 +145,10 @@ __all__ = [
     "light_scale",
     "lightsam",
     "looksam",
+    "lorenza",
     "m_arwp",
     "m_rwp",
+    "m_sam",
     "match_norm",
     "mesa",
     "micro_batch",
@@ -160,11 +178,13 @@ __all__ = [
     "set_mask",
     "sharpest",
     "sharpness",
+    "sl_sam",
     "sparse",
     "sparse_sam",
     "stable_sam",
     "step_cost",
     "sub_batches",
+    "subspace_differences",
     "surrogate_gap",
     "top_k",
     "train_params",

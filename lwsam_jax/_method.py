@@ -35,23 +35,26 @@ class Method:
 
     Attributes:
       select: WHICH layers, a selector `(norms f32[L], key) -> bool[L]`: `top_k(4)`,
-        `named(regex)`, `everything()`, `random_k(2)`, or a function.
+        `named(regex)`, `everything()`, `random_k(2)`, `bandit(4)`, or a function.
       rho: Radius, >= 0; a number, which a loop may set (`state.hyperparams["rho"]`), or
         a schedule of the step count, a function of that alone. rho(t) is the radius of
         gradient t; below 0 it counts as 0. A Python 0 is the base optimizer, bit for
         bit.
       ascent: FROM WHAT: `whole_batch()`, `micro_batch(fraction)`, `momentum()`,
-        `previous()`, `random()`, or a function `(batch, key) -> part of the batch`.
+        `previous()`, `random()`, `differences(count)`, or a function
+        `(batch, key) -> part of the batch`.
       shape: HOW, $s$: `normalized()`, `raw()`, `adaptive()`, `relative()`, or any Optax
         transformation of the ascent direction.
       combine: WHAT, $c$: `descend()`, `mix(alpha)`, `surrogate_gap(alpha)`,
-        `reuse(weight)`, or a function `(ascent, descent) -> gradient`.
+        `match_norm()`, `decoupled(alpha, learning_rate)`, `descend_on_selected()`,
+        `flatness(...)`, `reuse(weight)`, or a function `(ascent, descent) -> gradient`.
       when: WHEN, a predicate of the step count: `always()`, `every(n)`,
         `last(fraction, total_steps)`, `between(a, b)`, or a function; the other steps
         are plain, but for what `reuse` does in them. Or a `Gate`, such as `unusual`,
         which decides within the step.
-      descent: Which examples the descent gradient sees: None, all of them, or
-        `sharpest(fraction)`. `TrainStep` only.
+      descent: What the descent makes of the examples: None, their mean loss;
+        `sharpest(fraction)`, that of some; `weighed(...)`, another mean, of the ascent's
+        as well. `TrainStep` only.
       split: None, one perturbation of a step, or `sub_batches(count)`: one for each part
         of the batch. `TrainStep` only.
       rule: What a layer is; `lwsam.weights` by default.
@@ -182,6 +185,21 @@ class Method:
             return Layers.of(params, self.rule, loss_fn, *args, axis_env=axis_env)
         self.layers.flatten(_WHO, "params", params)
         return self.layers
+
+    def look(
+        self, kept: Any, norms: jax.Array, mask: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """Returns what a selector keeps after a step, and what it chooses by.
+
+        Args:
+          kept: What it kept before.
+          norms: f32[L], of the step.
+          mask: bool[L], layers that it perturbed.
+        """
+        if not isinstance(self.select, which.Learner):
+            return kept, norms
+        kept = self.select.observe(kept, norms, mask)
+        return kept, self.select.scores(kept)
 
     def choose(
         self,

@@ -101,16 +101,16 @@ def problem(dtype=np.float64):
 
 
 class Run(NamedTuple):
-    """Of each step: parameters after it, layers perturbed, metrics, info, memory."""
+    """Of each step: parameters after it, layers perturbed, metrics, info, state."""
 
     params: list
     kept: list
     metrics: list
     infos: list
-    memories: list
+    states: list
 
 
-def train(method, parallel=None, dtype=np.float64, params=None):
+def train(method, parallel=None, dtype=np.float64, params=None, loss_fn=loss_fn):
     """Runs a TrainStep."""
     with enable_x64(True) if dtype == np.float64 else contextlib.nullcontext():
         start, batches = problem(dtype)
@@ -125,7 +125,7 @@ def train(method, parallel=None, dtype=np.float64, params=None):
             run.kept.append(step.layers.selected(info.mask))
             run.metrics.append(jax.device_get(info.metrics))
             run.infos.append(jax.device_get(info))
-            run.memories.append(jax.device_get(state.method_state.memory))
+            run.states.append(jax.device_get(state.method_state))
     return run
 
 

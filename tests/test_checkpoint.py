@@ -56,8 +56,19 @@ def test_the_optimizer_state_survives_a_round_trip(round_trip):
     chex.assert_trees_all_equal(train(*restored, 3), train(*half, 3))
 
 
+KEEPING = {
+    "layers": lambda: lwsam.LayerwiseSAM(k=1, rho=0.3, alpha=0.7),
+    "a gate": lambda: lwsam.ae_sam(0.3, 6),
+    "a bandit": lambda: lwsam.sl_sam(0.3, 1),
+    "elements": lambda: lwsam.sparse_sam(0.3, period=2),
+    "subspaces": lambda: lwsam.lorenza(0.3, rank=2, period=2),
+    "a delay": lambda: lwsam.async_sam(0.3),
+}
+
+
+@pytest.mark.parametrize("kept", KEEPING)
 @pytest.mark.filterwarnings("ignore")
-def test_the_train_state_survives_a_round_trip(round_trip):
+def test_the_train_state_survives_a_round_trip(round_trip, kept):
     """The typed key travels as its data: what Orbax does with keys is its own."""
 
     def loss(params, model_state, batch, key):
@@ -66,8 +77,8 @@ def test_the_train_state_survives_a_round_trip(round_trip):
         return value, ({"mean": 0.9 * model_state["mean"] + aux["hidden"]}, {})
 
     def make():
-        method = lwsam.LayerwiseSAM(k=1, rho=0.3, alpha=0.7)
-        return lwsam.TrainStep(loss, optax.sgd(0.1, momentum=0.9), method)
+        optimizer = optax.sgd(0.1, momentum=0.9)
+        return lwsam.TrainStep(loss, optimizer, KEEPING[kept]())
 
     def train(step, state, steps):
         for i in range(steps):

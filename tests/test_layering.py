@@ -43,9 +43,8 @@ FOLDERS = {
     ),
     "_axes": (
         ("__init__", "moments", "noise", "shape", "sparse", "when", "which"),
-        ("ascent", "combine", "proportional"),
-        ("sub_batches", "weighed"),
-        ("descent",),
+        ("ascent", "bandit", "combine", "proportional"),
+        ("descent", "probe", "sub_batches"),
     ),
     "_loops": (
         ("__init__", "plan", "refresh", "static", "varying"),
@@ -69,6 +68,7 @@ FOLDERS = {
             "skipping",
             "state",
             "step_checks",
+            "update",
         ),
         ("budget", "study"),
         ("one_step",),

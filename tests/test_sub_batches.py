@@ -25,6 +25,8 @@ COMBINATIONS = [
     Parts(which="function", ascent="momentum", shape="relative layer", when="between"),
     Parts(ascent="previous", shape="relative filter"),
     Parts(combine="function", descent="sharpest"),
+    Parts(combine="match_norm"),
+    Parts(which="named", combine="flatness"),
     Parts(which="nothing", ascent="random"),
 ]
 # They keep something, which every part of the batch would change.

@@ -75,6 +75,7 @@ WHICH = {
     "top_k": lambda: lwsam.top_k(1),
     "named": lambda: lwsam.named("a_out|m_mid"),
     "random_k": lambda: lwsam.random_k(1),
+    "bandit": lambda: lwsam.bandit(1),
     "nothing": lwsam.nothing,
     "function": lambda: near_the_largest,
 }
@@ -106,6 +107,8 @@ COMBINE = {
     "surrogate_gap": lambda: lwsam.surrogate_gap(walk.ALPHA["surrogate_gap"]),
     "match_norm": lwsam.match_norm,
     "decoupled": lambda: lwsam.decoupled(walk.ALPHA["decoupled"], RATE),
+    "descend_on_selected": lwsam.descend_on_selected,
+    "flatness": lambda: lwsam.flatness(**walk.FLATNESS),
     "reuse": lambda: lwsam.reuse(walk.WEIGHT),
     "function": lambda: half_of_each,
 }
@@ -360,7 +363,8 @@ def noise_of_the_functional_form():
 
 def forms_of(parts):
     """What the transformation may take its gradients from, traced mask or a tuple."""
-    sources = ["value_fn"] + ["grad_fn"] * (parts.ascent not in walk.COUNTS)
+    twice = parts.ascent not in walk.COUNTS and parts.combine != "flatness"
+    sources = ["value_fn"] + ["grad_fn"] * twice
     return [(source, static) for source in sources for static in (False, True)]
 
 
@@ -411,7 +415,8 @@ WITHOUT_DESCENT = [parts for parts in FEW if parts.descent == "None"]
 
 @pytest.mark.parametrize("parts", WITHOUT_DESCENT, ids=name_of)
 def test_so_it_is_in_the_transformation(parts):
-    if parts.combine == "decoupled":  # the base optimizer's step is not seen
+    # The base optimizer's step is not seen.
+    if parts.combine in ("decoupled", "descend_on_selected"):
         with pytest.raises(ValueError, match=r"`method.combine`.*TrainStep"):
             lwsam.as_optax(method_of(parts))
         return

@@ -26,7 +26,15 @@ ETA, DECAY = 0.05, 0.5
 
 # The values of each axis, the default first.
 PARTS = {
-    "which": ("everything", "top_k", "named", "random_k", "nothing", "function"),
+    "which": (
+        "everything",
+        "top_k",
+        "named",
+        "random_k",
+        "bandit",
+        "nothing",
+        "function",
+    ),
     "ascent": (
         "whole_batch",
         "fraction",
@@ -55,6 +63,8 @@ PARTS = {
         "surrogate_gap",
         "match_norm",
         "decoupled",
+        "descend_on_selected",
+        "flatness",
         "reuse",
         "function",
     ),
@@ -65,6 +75,7 @@ STALE = ("momentum", "previous", "random")
 RHO = {"raw": 0.3, "relative layer": 0.1, "relative filter": 0.1}
 ALPHA = {"mix": 0.8, "surrogate_gap": 0.5, "decoupled": 0.6}
 WEIGHT = 0.7  # of `reuse`
+FLATNESS = {"radius": 0.1, "beta0": 0.3, "beta1": 0.6, "gamma": 0.2}
 SHARE = 0.5  # of `sharpest`
 # How many examples each ascent sees; the function's are the first ones.
 COUNTS = {"fraction": 2, "size": 3, "function": 5}
@@ -101,10 +112,14 @@ class Parts(NamedTuple):
 
 def refused(parts: Parts) -> str | None:
     """The argument that a combination has to be refused for, None if it is right."""
-    if parts.is_stale and parts.combine != "descend":
+    if parts.is_stale and parts.combine not in ("descend", "descend_on_selected"):
         return "combine"  # there is no ascent gradient
     if parts.combine == "reuse" and parts.which != "everything":
         return "combine"  # its norms are over all layers
+    if parts.combine == "flatness" and (
+        parts.when == "gate" or parts.descent != "None"
+    ):
+        return "combine"  # it takes two gradients of each pass
     if parts.descent == "sharpest" and parts.ascent != "whole_batch":
         return "descent"  # nobody knows the clean losses
     if parts.when == "gate" and parts.is_stale:
@@ -123,7 +138,8 @@ class Step(NamedTuple):
       perturbed_value: Loss of the whole batch at the point.
       ascent_value: Clean loss of what the ascent sees; None where it takes no pass.
       reported: Where the metrics were computed.
-      norms: Of the descent gradient, one for each layer.
+      norms: Of the descent gradient, one for each layer; 0 of what stands still.
+      known: The last one that is known of each layer.
       rho: What was applied.
       velocity: Of the base optimizer.
       update: What the base optimizer got.
@@ -137,6 +153,7 @@ class Step(NamedTuple):
     ascent_value: float | None
     reported: Leaves
     norms: dict[str, float]
+    known: dict[str, float]
     rho: float
     velocity: Leaves
     update: Leaves
@@ -157,22 +174,22 @@ def first(params: Leaves) -> Step:
     """What there is before the first step."""
     zero = zeros(params)
     norms = dict.fromkeys(LAYERS, 0.0)
-    return Step(params, 0, 0, None, params, norms, 0, zero, zero, zero, zero)
+    return Step(params, 0, 0, None, params, norms, norms, 0, zero, zero, zero, zero)
 
 
 def layers_of(parts: Parts, number: int, last: Step) -> tuple[str, ...] | None:
     """The layers of a step; None where they are drawn."""
     if not WHEN[parts.when][number] or parts.which == "nothing":
         return ()
-    if parts.which == "random_k":
+    if parts.which in ("random_k", "bandit"):
         return None
     if parts.which == "top_k":
-        return reference.top_k(last.norms, 1)
+        return reference.top_k(last.known, 1)
     if parts.which == "named":
         return tuple(name for name in LAYERS if name in ("a_out", "m_mid"))
     if parts.which == "function":
-        bound = 0.9 * max(last.norms.values())
-        return tuple(name for name in LAYERS if last.norms[name] >= bound)
+        bound = 0.9 * max(last.known.values())
+        return tuple(name for name in LAYERS if last.known[name] >= bound)
     return tuple(LAYERS)
 
 
@@ -214,6 +231,10 @@ def step(
         return taken
     names = [leaf for name in layers for leaf in LAYERS[name]]
     direction, ascent_value = _direction(parts, last, part, noise)
+    pair = parts.combine == "flatness"
+    if pair:
+        g0, g1 = direction, GRADIENT(_along(w, direction, names), part)
+        direction = added(g1, -1.0, g0)
     epsilon, trace = _perturbation(parts, last, direction, names)
     if parts.shape == "sparse":
         epsilon = {name: mask[name] * leaf for name, leaf in epsilon.items()}
@@ -225,26 +246,44 @@ def step(
         order = np.argsort(-rise, kind="stable")
         seen = family.rows_of(batch, np.sort(order[: int(SHARE * len(order))]))
     descent = GRADIENT(point, seen)
-    update, across, late = descent, last.across, None
+    update, across, late, moves = descent, last.across, None, None
+    norms = _norms(descent)
+    known = norms
+    if parts.combine == "descend_on_selected":
+        update, moves = only(descent, names), names
+        norms = {name: norms[name] * (name in layers) for name in norms}
+        known = {n: x if n in layers else last.known[n] for n, x in norms.items()}
     if parts.combine == "decoupled":
         update = direction
         late = scaled(ALPHA["decoupled"], added(descent, -1.0, direction))
-    elif not parts.is_stale:
+    elif pair:
+        g3 = GRADIENT(_along(point, descent, names), batch)
+        p = added(g0, abs(1 - FLATNESS["beta0"]), descent)
+        q = added(scaled(FLATNESS["beta1"], g1), 1 - FLATNESS["beta1"], g3)
+        update = added(q, -FLATNESS["gamma"], family.without(p, q))
+    elif not parts.is_stale and moves is None:
         update, across = _combined(parts, last, direction, descent, names)
     is_whole = parts.ascent == "whole_batch"
     return _finished(
         last,
         update,
         late=late,
+        moves=moves,
         value=loss(w, batch) if is_whole else perturbed_value,
         perturbed_value=perturbed_value,
         ascent_value=ascent_value,
         reported=w if is_whole else point,
-        norms=_norms(descent),
+        norms=norms,
+        known=known,
         rho=parts.rho,
         trace=trace,
         across=across,
     )
+
+
+def _along(point: Leaves, gradient: Leaves, names: Sequence[str]) -> Leaves:
+    """A point moved along its gradient by the second radius, in the perturbed leaves."""
+    return added(point, 1.0, family.to_norm(FLATNESS["radius"], only(gradient, names)))
 
 
 def _plain(parts: Parts, last: Step, batch: Any) -> Step:
@@ -264,6 +303,7 @@ def _plain(parts: Parts, last: Step, batch: Any) -> Step:
         ascent_value=None if parts.is_stale else value,
         reported=w,
         norms=_norms(g),
+        known=_norms(g),
         rho=0.0,
         trace=last.trace,
         across=last.across,
@@ -271,9 +311,18 @@ def _plain(parts: Parts, last: Step, batch: Any) -> Step:
 
 
 def _finished(
-    last: Step, update: Leaves, late: Leaves | None = None, **found: Any
+    last: Step,
+    update: Leaves,
+    late: Leaves | None = None,
+    moves: Sequence[str] | None = None,
+    **found: Any,
 ) -> Step:
     velocity = added(update, MOMENTUM, last.velocity)
+    if moves is not None:  # all others keep their velocity, and stand still
+        still = [name for name in velocity if name not in moves]
+        velocity |= {name: last.velocity[name] for name in still}
+        params = added(last.params, -RATE, only(velocity, moves))
+        return Step(params=params, velocity=velocity, update=update, **found)
     params = added(last.params, -RATE, velocity)
     if late is not None:
         params = added(params, -RATE, late)

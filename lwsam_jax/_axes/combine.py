@@ -7,6 +7,7 @@ ascent gradients it needs, what it remembers, and what steps without an ascent d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,12 @@ class Combine(NamedTuple):
         what the parameters lose after the base optimizer's step, times its learning
         rate. `TrainStep` only.
       learning_rate: That rate, a number or a schedule of the step count.
+      freezes: Whether leaves that a step does not perturb stand still in it: they have
+        no gradient, and the base optimizer leaves them and their moments alone.
+        `TrainStep` only.
+      pair: A radius r: each pass takes a second gradient, r along the first one; the
+        perturbation is then along the difference of the two, and `update` gets the
+        leaves of both, those of the first ahead. None: each pass takes one.
     """
 
     update: Callable[[Leaves, Leaves, Any, Any], tuple[Leaves, Any]]
@@ -48,6 +55,8 @@ class Combine(NamedTuple):
     everywhere: bool = False
     late: Callable[[Leaves, Leaves, Any], Leaves] | None = None
     learning_rate: Any = None
+    freezes: bool = False
+    pair: float | None = None
 
     def refuse(self, who: str, method: Any) -> None:
         """Raises where the other parts of a method do not give what it needs."""
@@ -59,6 +68,12 @@ class Combine(NamedTuple):
             expected = "one that needs no ascent gradient, for this ascent takes none"
             got = f"one that needs {self.needs!r}"
             raise _checks.value_error(who, "combine", expected, got, remedy)
+        for name in ("descent", "gate") if self.pair is not None else ():
+            if getattr(method, name) is not None:
+                remedy = f"Pass combine=lwsam.descend(), or leave the {name} out."
+                expected = "one that takes one gradient of each pass"
+                got = "one that takes two"
+                raise _checks.value_error(who, "combine", expected, got, remedy)
         budget = (method.max_overhead, method.mean_overhead) != (None, None)
         if self.everywhere and (method.select is not everything() or budget):
             remedy = "Pass select=lwsam.everything() and no budget."
@@ -82,6 +97,15 @@ def as_combine(who: str, combine: Any) -> Combine:
 def descend() -> Combine:
     r"""Returns $d = \hat g$, the gradient at the perturbed point: SAM."""
     return _DESCEND
+
+
+def descend_on_selected() -> Combine:
+    r"""Returns $d = \hat g$ on the perturbed leaves; all others stand still in the step.
+
+    So the descent's backward pass, too, stops at the input-most of them. The base
+    optimizer leaves what stands still alone, moments and all. `TrainStep` only.
+    """
+    return _ON_SELECTED
 
 
 def mix(alpha: Any) -> Combine:
@@ -191,6 +215,50 @@ def decoupled(alpha: Any, learning_rate: Any) -> Combine:
     )
 
 
+def flatness(radius: float, beta0: float, beta1: float, gamma: float) -> Combine:
+    r"""Returns GAM's combination of four gradients.
+
+    With $g_1$ at $w + r\,g_0 / \|g_0\|$ and $g_3$ at $\hat w + r\,g_2 / \|g_2\|$ for the
+    gradients $g_0$ at $w$ and $g_2$ at the perturbed $\hat w$, which goes along
+    $g_1 - g_0$: $d = q - \gamma\,(p - \langle p, q\rangle\,q / \|q\|^2)$ with
+    $p = g_0 + |1 - \beta_0|\,g_2$ and $q = \beta_1 g_1 + (1 - \beta_1)\,g_3$.
+
+    Args:
+      radius: $r$, >= 0.
+      beta0: $\beta_0$.
+      beta1: $\beta_1$.
+      gamma: $\gamma$, >= 0.
+
+    Raises:
+      ValueError: For numbers out of range.
+
+    References:
+      Zhang et al., CVPR 2023, arXiv:2303.03108; see `gam`.
+    """
+    _checks.non_negative("flatness", "radius", radius, "0.02 is a published value.")
+    _checks.non_negative("flatness", "gamma", gamma, "0.03 is a published value.")
+    for name, x in (("beta0", beta0), ("beta1", beta1)):
+        if not _checks.is_number(x) or not math.isfinite(x):
+            remedy = "Pass a number such as 0.5."
+            raise _checks.value_error("flatness", name, "finite", repr(x), remedy)
+
+    def update(ascent, descent, state, alpha):
+        del alpha
+        half = len(ascent) // 2
+        g0, g1, g2, g3 = ascent[:half], ascent[half:], descent[:half], descent[half:]
+        plus = lambda xs, ys, factor: tuple(
+            _tree.add_scaled(x, jnp.asarray(factor), y)
+            for x, y in zip(xs, ys, strict=True)
+        )
+        p = plus(g0, g2, abs(1 - beta0))
+        q = tuple(
+            _tree.mix(c, a, jnp.asarray(beta1)) for a, c in zip(g1, g3, strict=True)
+        )
+        return plus(q, orthogonal_part(q, p), -gamma), state
+
+    return Combine(update, needs="all", pair=float(radius))
+
+
 def reuse(weight: float) -> Combine:
     r"""Returns SAM's gradient, and $g + a\,(\|g\| / \|g_v\|)\,g_v$ between the ascents.
 
@@ -240,3 +308,4 @@ def orthogonal_part(onto: Leaves, x: Leaves) -> Leaves:
 _ROUNDING = 8.0
 _DESCEND = Combine(lambda ascent, descent, state, alpha: (descent, state), needs="none")
 _MATCH_NORM = Combine(_match_norm, needs="all")
+_ON_SELECTED = _DESCEND._replace(freezes=True)

@@ -111,12 +111,16 @@ class Gate(abc.ABC):
 
     def refuse(self, who: str, method: Any) -> None:
         """Raises where there is no ascent gradient, or no plain one to fall back to."""
-        for name, found in (("ascent", method.is_stale), ("descent", method.descent)):
+        for name, found in (
+            ("ascent", method.is_stale),
+            ("descent", method.descent),
+            ("split", method.split),
+        ):
             if found:
                 remedy = "Pass a predicate, such as lwsam.every(2), or other parts."
-                expected = "one with a gradient of the step, for `when` reads it"
-                if name == "descent":
-                    expected = "None, for `when` decides in between"
+                expected = "None, for `when` decides once, in between"
+                if name == "ascent":
+                    expected = "one with a gradient of the step, for `when` reads it"
                 raise _checks.value_error(who, name, expected, "another", remedy)
 
 

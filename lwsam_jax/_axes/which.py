@@ -7,6 +7,7 @@ of the others is `jnp.mean(norms, where=norms >= 0)`.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -43,21 +44,29 @@ class _Best:
     depth: tuple[int, ...] | None = None
 
     def bind(self, layers: Layers) -> _Best:
-        if _checks.is_number(self.k) and self.k > len(layers):
-            remedy = (
-                f"Pass k <= {len(layers)}; the layers are {', '.join(layers.names)}."
-            )
-            raise _checks.value_error(
-                "lwsam", "k", f"<= the number of layers, {len(layers)}", self.k, remedy
-            )
+        check_count(self.k, layers)
         return dataclasses.replace(self, depth=layers.depth)
 
     def __call__(self, norms: jax.Array, key: jax.Array | None = None) -> jax.Array:
         allowed = _allowed(norms)
-        # The lowest number, not -inf: jax_debug_infs stops on that.
-        lowest = jnp.finfo(norms.dtype).min
-        scores = jnp.where(allowed, self.score(norms, key), lowest)
-        return (_ranks(scores, self.depth) < self.k) & allowed
+        return best_of(self.score(norms, key), allowed, self.k, self.depth)
+
+
+def best_of(
+    scores: jax.Array, allowed: jax.Array, k: Any, depth: Sequence[int] | None
+) -> jax.Array:
+    """Returns bool[L], the k layers of the highest score among those that are allowed."""
+    # The lowest number, not -inf: jax_debug_infs stops on that.
+    scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+    return (_ranks(scores, depth) < k) & allowed
+
+
+def check_count(k: Any, layers: Layers) -> None:
+    """Raises if there are fewer layers than a selector takes."""
+    if _checks.is_number(k) and k > len(layers):
+        remedy = f"Pass k <= {len(layers)}; the layers are {', '.join(layers.names)}."
+        expected = f"<= the number of layers, {len(layers)}"
+        raise _checks.value_error("lwsam", "k", expected, k, remedy)
 
 
 def _allowed(norms: jax.Array) -> jax.Array:
@@ -188,6 +197,36 @@ def everything() -> Selector:
 def nothing() -> Selector:
     """Selects no layer: the base optimizer."""
     return _nothing
+
+
+class Learner(abc.ABC):
+    """A selector that keeps something from step to step.
+
+    It is called with its own scores in place of the norms. One of one's own defines all
+    four methods.
+    """
+
+    @abc.abstractmethod
+    def init(self, count: int, dtype: Any) -> Any:
+        """Returns what is kept before the first step, for so many layers."""
+
+    @abc.abstractmethod
+    def observe(self, kept: Any, norms: jax.Array, mask: jax.Array) -> Any:
+        """Returns what is kept after a step.
+
+        Args:
+          kept: What `init` or the step before returned.
+          norms: f32[L], gradient norms of the step.
+          mask: bool[L], layers that it perturbed.
+        """
+
+    @abc.abstractmethod
+    def scores(self, kept: Any) -> jax.Array:
+        """Returns f32[L] >= 0, what is chosen by."""
+
+    @abc.abstractmethod
+    def __call__(self, norms: jax.Array, key: jax.Array) -> jax.Array:
+        """Returns bool[L] from the scores; -1 stands for a layer that may not be."""
 
 
 def bind(selector: Selector, layers: Layers) -> Selector:

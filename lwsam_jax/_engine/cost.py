@@ -54,6 +54,7 @@ class StepCost:
         whole_ascent: bool = False,
         descent: float = 1.0,
         shared: bool = True,
+        freezes: bool = False,
     ) -> float:
         r"""Returns the FLOPs of a step over those of a plain gradient, $F + B$.
 
@@ -83,6 +84,7 @@ class StepCost:
           descent: The share of the examples that the descent gradient sees.
           shared: Whether an ascent on the whole batch shares the forward pass of what no
             selected layer reaches; a function of one's own does not.
+          freezes: Whether the descent's backward pass, too, reaches the selection alone.
 
         Raises:
           ValueError: On unknown names, fractions outside [0, 1], or an `ascent` that asks
@@ -101,6 +103,8 @@ class StepCost:
         climb = f * (whole + self._reach.backward(ascent_to))
         if descent < 1.0:
             return descent + (climb + again) / plain
+        if freezes:
+            climb -= plain - whole - self._reach.backward(chosen)
         return 1.0 + (climb - (whole - again)) / plain
 
     def _fraction(self, ascent: Any) -> float:

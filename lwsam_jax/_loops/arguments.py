@@ -8,6 +8,7 @@ from typing import Any
 from .. import _checks
 from .._axes import ascent as _ascent, shape as _shape, which
 from .._axes.combine import descend
+from .._axes.probe import Probe
 from .._engine.rules import leaves as every_leaf, Rule, weights
 from .._method import Method
 
@@ -30,6 +31,7 @@ def method(
         raise _checks.value_error(_WHO, "k", expected, "both", remedy)
     if select is None:
         select = which.everything() if k is None else which.top_k(k)
+    _check_select(select)
     rule = _usual_rule(shape) if rule is None else rule
     return Method(select, rho=rho, ascent=ascent, shape=shape, rule=rule, seed=seed)
 
@@ -41,6 +43,7 @@ def of_method(given: Method, has_more: bool) -> Method:
         expected, got = "left out beside a Method", "given"
         raise _checks.value_error(_WHO, "ascent, shape, ...", expected, got, remedy)
     _check_ascent(given.ascent)
+    _check_select(given.select)
     if given.combine is not descend():
         remedy = "Use lwsam.TrainStep, or a method with combine=lwsam.descend()."
         expected = "descend(), for the loop takes one gradient"
@@ -74,8 +77,15 @@ def check_base(base: Any) -> None:
         raise _checks.type_error(_WHO, "base", "an optimizer", repr(base), remedy)
 
 
+def _check_select(select: Any) -> None:
+    if isinstance(select, which.Learner):
+        remedy = "Pass random_k(4), top_k(4), or use lwsam.TrainStep or lwsam.as_optax."
+        expected, got = "a selector that keeps nothing", "one that learns"
+        raise _checks.value_error(_WHO, "select", expected, got, remedy)
+
+
 def _check_ascent(ascent: Any) -> None:
-    if isinstance(_ascent.as_ascent(_WHO, ascent), _ascent.Part):
+    if isinstance(_ascent.as_ascent(_WHO, ascent), (_ascent.Part, Probe)):
         remedy = (
             "Pass momentum(), previous() or random(), or use lwsam.TrainStep or "
             "lwsam.as_optax, which take a second gradient."

@@ -16,7 +16,7 @@ from .._engine.cover import Cover, static_selection
 from .._engine.layers import Layers, Rule
 from .._method import Method
 from . import passes as _passes
-from .plan import LayerwiseGrad, Plan, remember
+from .plan import direction_of, LayerwiseGrad, Plan, remember
 
 
 _WHO = "lwsam.value_and_grad"
@@ -225,7 +225,7 @@ def _direction(method: Method, params: Any, key: jax.Array | None) -> Any:
     if key is None:
         remedy = "Pass key=, a PRNG key of the step."
         raise _checks.type_error(_WHO, "key", "a PRNG key", None, remedy)
-    return method.ascent.direction(kept, None, params, key)
+    return direction_of(method, kept, None, params, key)
 
 
 def check_mask(who: str, mask: Any, layers: Layers) -> None:

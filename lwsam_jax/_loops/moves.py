@@ -33,6 +33,12 @@ def reads_all(plan: Plan, params: Any) -> bool:
     return whole_shape or plan.combine.needs == "all" or plan.gate is not None
 
 
+def norms_of(plan: Plan, descent: Any) -> jax.Array:
+    """Returns f32[L], the norms of a descent gradient; 0 of what stands still."""
+    norms = plan.layers.norms(descent)
+    return jnp.where(plan.bits, norms, 0) if plan.combine.freezes else norms
+
+
 def gated(
     plan: Plan,
     memory: Memory,
@@ -184,6 +190,10 @@ def combined(
         kept = dict(zip(places, combine.late(above, under, plan.alpha), strict=True))
         late = [kept.get(i, jnp.zeros_like(x)) for i, x in enumerate(leaves)]
         late = jax.tree.unflatten(treedef, late)
+    if combine.freezes:
+        final = [jnp.zeros_like(x) for x in leaves]
+        for i, on, new in zip(places, active, found, strict=True):
+            final[i] = _where(on, new, final[i])
     grads = jax.tree.unflatten(treedef, final)
     if plan.mask is not None and (combine.otherwise or combine.needs == "all"):
         # The mask may select nothing, and then this is a step without an ascent.
@@ -227,7 +237,7 @@ def report_both(
       descent: Gradient of all leaves.
     """
     dtype = out.norms.dtype
-    finite = _tree.all_finite((out.value, out.perturbed_value, out.grads))
+    finite = _tree.all_finite((out.value, out.perturbed_value, out.grads, out.late))
     cosine = None
     if ascent is not None:
         if len(ascent) == len(descent):

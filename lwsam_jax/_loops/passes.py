@@ -31,6 +31,7 @@ from .separate import (
     descend,
     finished,
     Losses,
+    paired_gradients,
     three_gradients,
 )
 from .varying import local, mean, varying
@@ -58,7 +59,8 @@ def evaluate(
       loss: Loss of the parameters on the whole batch, to (value, aux).
       params: Parameter tree.
       ascent_loss: Loss on what the ascent sees, where that is another batch.
-      direction: A direction that is known already, in place of an ascent.
+      direction: A direction that is known already, in place of an ascent; or a function
+        to it of the loss as a function of the parameters.
       descent_loss: `(clean aux, perturbed aux) -> loss` on the examples that the descent
         sees; None: on the whole batch.
       losses: Losses of the passes, where each has its own.
@@ -71,6 +73,8 @@ def evaluate(
     loss = local(loss, params, axis)
     if not plan.chosen:
         return _plain(plan, memory, loss, params)
+    if callable(direction):
+        direction = direction(_value_fn(plan, loss, params))
     if losses is not None:
         cast: Any = lambda f: f and local(f, params, axis)
         own = {name: cast(getattr(losses, name)) for name in losses._fields[:4]}
@@ -79,6 +83,10 @@ def evaluate(
     if direction is not None:
         along = as_gradient(plan, params, direction)
         return descend(climb(plan, memory, params, along, along), loss, None, None)
+    if plan.combine.pair is not None:
+        is_whole = ascent_loss is None
+        first = loss if ascent_loss is None else local(ascent_loss, params, axis)
+        return paired_gradients(plan, memory, first, loss, params, is_whole)
     if ascent_loss is not None or descent_loss is not None:
         first = loss if ascent_loss is None else local(ascent_loss, params, axis)
         value, aux, ascent, whole = ascend(plan, first, params)
@@ -106,6 +114,24 @@ def evaluate(
         plain = lambda: _clean(plan, memory, value, aux, known or (), params)
         return fall_back(plan, (out, after), plain if known else None, params)
     return _split(plan, memory, loss, params)
+
+
+def _value_fn(plan: Plan, loss: Loss, params: Any) -> Callable[[Any], jax.Array]:
+    """Returns the loss over all devices as a function of what the step perturbs."""
+    leaves, treedef = jax.tree.flatten(params)
+    active = dict(zip(plan.selected, plan.active, strict=True))
+
+    def value(other):
+        moved = list(leaves)
+        for i, new in enumerate(jax.tree.leaves(other)):
+            if i in active:
+                moved[i] = (
+                    new if active[i] is None else jnp.where(active[i], new, moved[i])
+                )
+        found, _ = loss(jax.tree.unflatten(treedef, moved))
+        return mean(found, plan.axis_name)
+
+    return value
 
 
 def from_gradients(
@@ -237,10 +263,14 @@ def _split(
     def finish():
         there = climb(plan, memory, params, ascent, whole)
         moved = jax.tree.leaves(there.params)
+        stops = plan.combine.freezes
         perturbed_value, perturbed, descent, residual_grads = run(
-            [moved[i] for i in selected], residuals, True
+            [moved[i] for i in selected], residuals, not stops
         )
-        (rest,) = pull_rest(residual_grads)
+        if stops:
+            rest = [jnp.zeros_like(leaves[i]) for i in others]
+        else:
+            (rest,) = pull_rest(residual_grads)
         perturbed_value, descent, rest = mean((perturbed_value, descent, rest), axis)
         outputs = clean if plan.aux_from == "clean" else perturbed
         _, aux = jax.tree.unflatten(parts.out_tree, [value, *outputs])

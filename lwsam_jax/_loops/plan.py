@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._axes.combine import Combine
+from .._axes.probe import Probe
 from .._axes.when import Gate
 from .._engine.layers import Layers
 from .._method import Method
@@ -143,3 +144,14 @@ def remember(method: Method, layers: Layers, params: Any) -> Memory:
 def first_of_shape(shape: Any, params: Any) -> Any:
     """Returns the first state of a shape, of the precision that it sees."""
     return shape.init(jax.tree.map(_tree.wide, params))
+
+
+def direction_of(
+    method: Method, kept: Any, opt_state: Any, params: Any, key: jax.Array
+) -> Any:
+    """Returns the direction of a stale ascent; of a `Probe` a function of the loss."""
+    if isinstance(method.ascent, Probe):
+        return lambda value_fn: method.ascent.direction(
+            kept, opt_state, params, key, value_fn
+        )
+    return method.ascent.direction(kept, opt_state, params, key)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _checks
+from .. import _checks, _tree
 from .._engine.loss_scale import narrowed, seed, unscaled, value_and_grad
 from .moves import (
     combined,
     move,
+    norms_of,
     perturbation_norm,
     reads_all,
     report_both,
@@ -81,9 +82,22 @@ def climb(plan: Plan, memory: Memory, params: Any, direction: Any, whole: Any) -
 
 def ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
     """Returns value, aux, and the gradients of the selected, and of all leaves."""
-    leaves, treedef = jax.tree.flatten(params)
     wants_all = reads_all(plan, params)
-    places = range(len(leaves)) if wants_all else plan.selected
+    count = len(jax.tree.leaves(params))
+    places = list(range(count)) if wants_all else plan.selected
+    (value, aux), grads = _gradient_of_some(plan, loss, params, places)
+    value, grads = mean((value, grads), plan.axis_name)
+    grads = unscaled(grads, plan.scale)
+    if wants_all:
+        return value, aux, [grads[i] for i in plan.selected], grads
+    return value, aux, grads, None
+
+
+def _gradient_of_some(
+    plan: Plan, loss: Loss, params: Any, places: Sequence[int]
+) -> Any:
+    """Returns ((value, aux), gradients of the leaves at some places), with the scale."""
+    leaves, treedef = jax.tree.flatten(params)
 
     def of_some(some):
         now = list(leaves)
@@ -92,12 +106,18 @@ def ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
         return loss(jax.tree.unflatten(treedef, now))
 
     some = [leaves[i] for i in places]
-    (value, aux), grads = value_and_grad(of_some, some, plan.scale)
-    value, grads = mean((value, grads), plan.axis_name)
-    grads = unscaled(grads, plan.scale)
-    if wants_all:
-        return value, aux, [grads[i] for i in plan.selected], grads
-    return value, aux, grads, None
+    return value_and_grad(of_some, some, plan.scale)
+
+
+def descent_of(plan: Plan, loss: Loss, moved: Any) -> Any:
+    """Returns ((value, aux), gradient); 0 for what stands still in the step."""
+    if not plan.combine.freezes:
+        return value_and_grad(loss, moved, plan.scale)
+    out, some = _gradient_of_some(plan, loss, moved, plan.selected)
+    leaves, treedef = jax.tree.flatten(moved)
+    given = dict(zip(plan.selected, some, strict=True))
+    grads = [given.get(i, jnp.zeros_like(x)) for i, x in enumerate(leaves)]
+    return out, jax.tree.unflatten(treedef, grads)
 
 
 def descend(
@@ -105,7 +125,7 @@ def descend(
 ) -> tuple[LayerwiseGrad, Memory]:
     """The descent by itself, where it shares nothing with the ascent."""
     plan = there.plan
-    (value, aux), descent = value_and_grad(loss, there.params, plan.scale)
+    (value, aux), descent = descent_of(plan, loss, there.params)
     value, descent = mean((value, descent), plan.axis_name)
     descent = jax.tree.leaves(unscaled(descent, plan.scale))
     return finished(there, value, aux, value, ascent_value, ascent, descent)
@@ -136,10 +156,62 @@ def finished(
         more = unflatten(narrowed(rest, leaves, plan.scale))
         grads = jax.tree.map(jnp.add, grads, more)
         total = [x + g for x, g in zip(descent, rest, strict=True)]
-    norms = plan.layers.norms(unflatten(total))
+    norms = norms_of(plan, unflatten(total))
     out = LayerwiseGrad(value, aux, grads, norms, perturbed_value, ascent_value, late)
     out = report_both(plan, out, there.norm, ascent, descent)
     return out, memory
+
+
+def paired_gradients(
+    plan: Plan, memory: Memory, first: Loss, second: Loss, params: Any, is_whole: bool
+) -> tuple[LayerwiseGrad, Memory]:
+    """Four gradients: each pass takes one, and another a step along it."""
+    axis, scale = plan.axis_name, plan.scale
+
+    def both(loss, point):
+        out, grads = value_and_grad(loss, point, scale)
+        grads = unscaled(mean(grads, axis), scale)
+        _, more = value_and_grad(loss, _along(plan, point, grads), scale)
+        more = unscaled(mean(more, axis), scale)
+        return out, jax.tree.leaves(grads), jax.tree.leaves(more)
+
+    (value, aux), g0, g1 = both(first, params)
+    difference = [b - a for a, b in zip(g0, g1, strict=True)]
+    there = climb(plan, memory, params, difference, difference)
+    (at_point, own_aux), g2, g3 = both(second, there.params)
+    value, at_point = mean((value, at_point), axis)
+    leaves, treedef = jax.tree.flatten(params)
+    found, state = plan.combine.update(
+        (*g0, *g1), (*g2, *g3), there.memory.combine, plan.alpha
+    )
+    if there.plan.mask is not None:  # it may select nothing
+        some = jnp.any(there.plan.bits)
+        found = [jnp.where(some, x, g) for x, g in zip(found, g0, strict=True)]
+    out = LayerwiseGrad(
+        value=value if is_whole else at_point,
+        aux=aux if is_whole else own_aux,
+        grads=jax.tree.unflatten(treedef, narrowed(list(found), leaves, scale)),
+        norms=plan.layers.norms(jax.tree.unflatten(treedef, g2)),
+        perturbed_value=at_point,
+        ascent_value=value,
+    )
+    out = report_both(there.plan, out, there.norm, g0, g2)
+    return out, there.memory._replace(combine=state)
+
+
+def _along(plan: Plan, point: Any, grads: Any) -> Any:
+    """Returns a point moved by the pair's radius along its gradient."""
+    leaves, treedef = jax.tree.flatten(point)
+    along = jax.tree.leaves(grads)
+    pairs = zip(plan.selected, plan.active, strict=True)
+    inside = {
+        i: along[i] if on is None else jnp.where(on, along[i], 0) for i, on in pairs
+    }
+    radius = jnp.asarray(plan.combine.pair or 0.0)
+    scale = radius * _tree.reciprocal(_tree.norm(list(inside.values())))
+    for i, x in inside.items():
+        leaves[i] = _tree.add_scaled(leaves[i], scale, jnp.conj(x))
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def three_gradients(
@@ -167,9 +239,7 @@ def three_gradients(
         given, plain = whole or ascent, mean(plain, axis)
     if rest is not None:
         rest = jax.tree.leaves(unscaled(mean(rest, axis), scale))
-    (_, (own_aux, at_point)), descent = value_and_grad(
-        losses.descent, there.params, scale
-    )
+    (_, (own_aux, at_point)), descent = descent_of(plan, losses.descent, there.params)
     at_point, descent = mean((at_point, descent), axis)
     descent = jax.tree.leaves(unscaled(descent, scale))
     is_known = direction is None and losses.one_batch

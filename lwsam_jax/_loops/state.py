@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from .. import _checks, _tree
+from .._axes.which import Learner
 from .._engine.cover import Cover, depth_cover
 from .._engine.layers import Layers
 from .._method import Method
@@ -30,6 +31,7 @@ class MethodState(NamedTuple):
       layers: Static node that holds the `Layers`.
       memory: What shape and combine remember.
       ascent: What a stale ascent keeps.
+      select: What a selector that learns keeps.
       hyperparams: `rho` and `alpha`, which a loop may set, as `optax.inject_hyperparams`
         has it; in a `TrainState` they stand beside this state.
       pending: Only in a `TrainState`: `selection_lag` masks bool[L] of the steps after
@@ -44,6 +46,7 @@ class MethodState(NamedTuple):
     layers: Static
     memory: Memory = Memory()
     ascent: Any = ()
+    select: Any = ()
     hyperparams: Any = ()
     pending: tuple[jax.Array, ...] = ()
     budget: Any = ()
@@ -63,10 +66,15 @@ def first(method: Method, params: Any, layers: Layers, opt_state: Any) -> Method
     norms = jnp.zeros((len(layers),), dtype)
     step_count = jnp.zeros((), jnp.int32)
     plain = method.is_plain
+    kept, seen = (), norms
+    if isinstance(method.select, Learner):
+        kept = method.select.init(len(layers), dtype)
+        seen = method.select.scores(kept)
     return MethodState(
         step_count=step_count,
         norms=norms,
-        mask=method.choose(norms, step_count, layers),
+        mask=method.choose(seen, step_count, layers),
+        select=kept,
         value=jnp.zeros((), dtype),
         layers=Static(layers),
         memory=Memory() if plain else remember(method, layers, params),
@@ -74,6 +82,13 @@ def first(method: Method, params: Any, layers: Layers, opt_state: Any) -> Method
         if method.is_stale and not plain
         else (),
     )
+
+
+def chosen_by(method: Method, state: MethodState) -> jax.Array:
+    """Returns f32[L], what the selector of a method sees in place of the next norms."""
+    if isinstance(method.select, Learner):
+        return method.select.scores(state.select)
+    return state.norms
 
 
 def advance(state: MethodState, norms: jax.Array, mask: jax.Array) -> MethodState:

@@ -15,7 +15,7 @@ from .._engine.cover import Cover, static_selection
 from .._method import Method
 from . import moves as _moves, passes as _passes, state as _state
 from .functional import check_mask, refuse_integers, scalar_loss
-from .plan import Memory, Plan
+from .plan import direction_of, Memory, Plan
 from .state import MethodState
 from .static import Static
 from .varying import mean
@@ -121,12 +121,16 @@ def as_optax(method: Method) -> optax.GradientTransformationExtraArgs:
         if method.is_stale and not method.is_plain:
             kept = method.ascent.update(kept, updates)
         count = jnp.asarray(optax.safe_increment(state.step_count))
-        decided = method.choose(norms.astype(state.norms.dtype), count, known)
+        learned, seen = method.look(
+            state.select, norms.astype(state.norms.dtype), plan.bits
+        )
+        decided = method.choose(seen, count, known)
         return updates, _state.advance(state, norms, decided)._replace(
             value=value.astype(state.value.dtype),
             layers=Static(known),
             memory=memory,
             ascent=kept,
+            select=learned,
             hyperparams=hyperparams,
         )
 
@@ -155,6 +159,10 @@ def _check(method: Any) -> None:
                 repr(getattr(method, name)),
             )
             raise _checks.value_error(who, f"method.{name}", expected, got, remedy)
+    if method.combine.freezes:
+        remedy = "Use lwsam.TrainStep, or combine=lwsam.descend()."
+        expected = "one that freezes nothing, for the base optimizer is not seen here"
+        raise _checks.value_error(who, "method.combine", expected, "another", remedy)
     if method.combine.late is not None:
         remedy = "Use lwsam.TrainStep, or a form that goes through the base optimizer."
         expected = (
@@ -273,7 +281,7 @@ def _gradient(
     direction = None
     if method.is_stale and plan.chosen:
         key = jax.random.fold_in(jax.random.key(method.seed), state.step_count)
-        direction = method.ascent.direction(state.ascent, None, params, key)
+        direction = direction_of(method, state.ascent, None, params, key)
     elif (
         plan.chosen
         and not method.is_stale
@@ -284,6 +292,10 @@ def _gradient(
         expected = "given, for the ascent sees a part of the batch"
         raise _checks.value_error(_WHO, "ascent_value_fn", expected, "None", remedy)
     if sources.grad_fn is not None:
+        if callable(direction) or plan.combine.pair is not None:
+            remedy = "Pass value_fn=loss on the batch, in place of grad_fn."
+            expected = "None, for the method looks at the loss more than twice"
+            raise _checks.value_error(_WHO, "grad_fn", expected, "given", remedy)
         return _from_grad_fn(plan, state, sources.grad_fn, updates, params, direction)
     ascent, loss = sources.ascent_value_fn, sources.value_fn
     assert loss is not None

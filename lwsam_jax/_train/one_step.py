@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from .. import _tree
-from .._axes.weighed import is_one_batch, weigh_loss, Weighed
+from .._axes.descent import is_one_batch, weigh_loss, Weighed
 from .._engine.cover import Cover
 from .._loops import passes as _passes, state as _state
 from .._loops.functional import scalar_loss
-from .._loops.plan import LayerwiseGrad, Memory, Plan, remember
+from .._loops.plan import direction_of, LayerwiseGrad, Memory, Plan, remember
 from .._loops.varying import local, varying
 from .._method import Method
 from . import budget as _budget, parts as _parts
@@ -22,6 +22,7 @@ from .devices import Devices
 from .skipping import Faults, held_back
 from .state import StepInfo, TrainState
 from .study import Study
+from .update import base_step
 
 
 # Folded into the step's key for what only the ascent draws; the loss sees the key itself.
@@ -61,7 +62,9 @@ class OneStep:
         masks, budget = [], self.purse.first()
         for ahead in range(self._lag + 1):
             mask, unspent = self.purse.choose(
-                method_state.norms, jnp.int32(ahead), budget.unspent
+                _state.chosen_by(self._method, method_state),
+                jnp.int32(ahead),
+                budget.unspent,
             )
             masks.append(mask)
             budget = budget._replace(unspent=unspent)
@@ -92,14 +95,24 @@ class OneStep:
         kept = before.ascent
         if method.is_stale and not method.is_plain:
             kept = method.ascent.update(kept, seen)
-        updates, opt_state = self._optimizer.update(
-            out.grads, state.opt_state, state.params, value=out.value
+        params, opt_state, updates = base_step(
+            self._optimizer,
+            method.combine,
+            plan,
+            out,
+            state.params,
+            state.opt_state,
+            state.step,
         )
         norms = out.norms.astype(before.norms.dtype)
         taken = out.finite & _tree.all_finite(updates) if self._skips else None
         known = norms if taken is None else jnp.where(taken, norms, before.norms)
+        if method.combine.freezes and plan.chosen:  # what stood still has none
+            still = jnp.any(out.mask) & ~out.mask
+            known = jnp.where(still, before.norms, known)
+        learned, chosen_by = method.look(before.select, known, out.mask)
         decided, unspent = self.purse.choose(
-            known, state.step + 1 + len(before.pending), before.budget.unspent
+            chosen_by, state.step + 1 + len(before.pending), before.budget.unspent
         )
         queue = (*before.pending, decided)
         overhead = jnp.float32(self._ratio(selection if plan.chosen else ()) - 1.0)
@@ -107,15 +120,15 @@ class OneStep:
         if out.ascended is not None:
             overhead = jnp.where(out.ascended, overhead, self._study.closed)
         spent = _budget.running_mean(before.budget.mean_overhead, overhead, state.step)
-        params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
-            params=self._late(params, out.late, state.step),
+            params=params,
             model_state=model_state,
             opt_state=opt_state,
-            method_state=_state.advance(before, norms, queue[0])._replace(
+            method_state=_state.advance(before, known, queue[0])._replace(
                 value=out.value.astype(before.value.dtype),
                 memory=memory,
                 ascent=kept,
+                select=learned,
                 pending=queue[1:],
                 budget=_budget.Budget(unspent, spent),
             ),
@@ -147,15 +160,6 @@ class OneStep:
             loss_scale=plan.scale,
         )
         return new_state, info, decided
-
-    def _late(self, params: Any, late: Any, step: jax.Array) -> Any:
-        """Returns the parameters after what bypasses the base optimizer."""
-        if late is None:
-            return params
-        rate = self._method.combine.learning_rate
-        scale = -jnp.asarray(rate(step) if callable(rate) else rate)
-        add = lambda w, x: _tree.add_scaled(w, scale, x)
-        return jax.tree.map(add, params, late)
 
     def _plan(
         self,
@@ -230,8 +234,12 @@ class OneStep:
         if plan.chosen:
             part = batch
             if method.is_stale:
-                sources["direction"] = method.ascent.direction(
-                    state.method_state.ascent, state.opt_state, state.params, own
+                sources["direction"] = direction_of(
+                    method,
+                    state.method_state.ascent,
+                    state.opt_state,
+                    state.params,
+                    own,
                 )
             elif method.ascent.cut is not None:
                 part = method.ascent.of(batch, own, devices)
@@ -255,7 +263,7 @@ class OneStep:
         loss = lambda seen, *by: weigh_loss(loss_on(seen), seen, *by)
         return _passes.Losses(
             ascent=loss(part, how.ascent),
-            descent=loss(batch, how.descent),
+            descent=weigh_loss(loss_on(batch), batch, how.descent, keeps_terms=True),
             rest=loss(batch, how.rest) if third else None,
             both=loss(batch, how.ascent, how.rest) if third and one_batch else None,
             one_batch=one_batch,

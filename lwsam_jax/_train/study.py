@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from .._axes import shape, when, which
-from .._axes.weighed import is_one_batch, Weighed
+from .._axes.descent import is_one_batch, Weighed
+from .._axes.probe import Probe
 from .._engine.cost import step_cost, StepCost
 from .._engine.cover import Cover
 from .._engine.layers import Layers
@@ -101,8 +102,17 @@ def _ratio(
         shared = False
         if method.descent.rest is not None:  # a backward pass, or both
             more = 1.0 - forward_share(cost) if is_one_batch(method.ascent) else 1.0
+    if method.combine.pair is not None:  # each pass once more
+        more, shared = part + 1.0, False
+    if isinstance(method.ascent, Probe):
+        more += method.ascent.forwards * forward_share(cost)
     ratio = functools.partial(
-        cost.ratio, ascent=part, whole_ascent=whole, descent=share, shared=shared
+        cost.ratio,
+        ascent=part,
+        whole_ascent=whole,
+        descent=share,
+        shared=shared,
+        freezes=method.combine.freezes,
     )
     whole = lambda selection: ratio(selection) + (more if _perturbs(selection) else 0)
     if method.split is None:

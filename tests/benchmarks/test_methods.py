@@ -11,14 +11,26 @@ import optax
 import pytest
 
 import lwsam_jax as lwsam
+import tiny_task
 from lwsam_bench.commands.cli import _parser
 from lwsam_bench.commands.train import train_config
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.training import methods
-from lwsam_bench.training.config import ASCENTS, METHODS, NORMALIZE, SHAPES, STALE
+from lwsam_bench.training.config import (
+    ASCENTS,
+    FAMILY,
+    METHODS,
+    NORMALIZE,
+    OWN_DIRECTION,
+    SHAPES,
+    STALE,
+)
+from lwsam_bench.training.family import Facts, reads_losses
 from lwsam_bench.training.recipe import (
+    make_loss_fn,
     make_optimizer,
     make_schedule,
+    make_step,
     weight_decay_in_loss,
 )
 
@@ -107,6 +119,29 @@ def test_esam_drops_tensors_and_images():
     assert len({chosen(method, step) for step in range(8)}) > 1
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_trains_by_its_names(name):
+    task = tiny_task.make()
+    loss_fn = make_loss_fn(task.network, per_example=reads_losses(name))
+    wanted = config("--method", name, *(("--k", 2) if name == "sl_sam" else ()))
+    step, _ = make_step(wanted, loss_fn, 10, **task.facts())
+    network = task.network
+    several = [task.batches(number) for number in range(4)]
+    batch = jax.tree.map(lambda *xs: np.concatenate(xs)[:16], *several)
+    state = step.init(network.params, network.model_state, batch, key=jax.random.key(0))
+    for _ in range(2):
+        state, info = step(state, batch)
+        assert info.finite
+    assert name == "ae_sam" or float(info.rho) == pytest.approx(wanted.rho)
+
+
+def test_what_weighs_classes_wants_some():
+    with pytest.raises(UserError, match="classes"):
+        configure("focal_sam")
+    with pytest.raises(UserError, match="--every has no meaning for --method ae_sam"):
+        config("--method", "ae_sam", "--every", 2)
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
@@ -172,8 +207,9 @@ def test_options_are_refused_or_right(name):
         options += ("--shape", shape) if shape else ()
         with contextlib.suppress(UserError):
             wanted = config(*options)
-            made = methods.configure(wanted, 10)
-            assert made.is_stale == (wanted.ascent in STALE)
+            made = methods.configure(wanted, 10, Facts(10, 5, 0.1, np.ones(3)))
+            own = name in OWN_DIRECTION  # no pass, whatever is said
+            assert made.is_stale == (own or wanted.ascent in STALE)
             done += 1
     assert done >= 1
 

@@ -58,7 +58,7 @@ FLOORS = {
     ),
     "pages": (("docs", "report"),),
     "training": (
-        ("checkpoint", "config", "evaluation", "run_rows"),
+        ("checkpoint", "config", "evaluation", "family", "run_rows"),
         ("earlier", "methods", "vit_checkpoint"),
         ("recipe", "run_folder"),
         ("tasks",),
@@ -84,7 +84,7 @@ FLOORS = {
         ("baselines", "report"),
         ("racers",),
         ("limits", "race"),
-        ("cost", "prices"),
+        ("cost", "presets", "prices"),
     ),
     "paper": (
         ("published", "request"),

@@ -203,3 +203,28 @@ def ae_sam(
         return Move(ghat, epsilon, g, ghat, (mean, variance, without(ghat, g)))
 
     return rule
+
+
+def gam(
+    gradient: Gradient,
+    *,
+    rho: float,
+    radius: float,
+    beta0: float,
+    beta1: float,
+    gamma: float,
+) -> Rule:
+    """GAM, Zhang et al., arXiv:2303.03108, as in its accelerated code."""
+
+    def rule(number, w, last, batch):
+        g0 = gradient(w, batch)
+        g1 = gradient(added(w, 1.0, to_norm(radius, g0)), batch)
+        epsilon = to_norm(rho, added(g1, -1.0, g0))
+        point = added(w, 1.0, epsilon)
+        g2 = gradient(point, batch)
+        g3 = gradient(added(point, 1.0, to_norm(radius, g2)), batch)
+        p = added(g0, abs(1 - beta0), g2)
+        q = added(scaled(beta1, g1), 1 - beta1, g3)
+        return Move(added(q, -gamma, without(p, q)), epsilon, g0, g2, {})
+
+    return rule

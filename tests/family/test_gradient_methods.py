@@ -95,6 +95,9 @@ CASES = {
         in_a_chain=False,
     ),
 }
+CASES["gam"] = case(
+    lwsam.gam, oracles.gam, {"radius": 0.1, "beta0": 0.3, "beta1": 0.6, "gamma": 0.2}
+)
 GATE = {"total_steps": 6, "decay": 0.5, "first": 0.6, "last": 0.2}
 CASES["ae_sam"] = case(lwsam.ae_sam, oracles.ae_sam, GATE)
 CASES["ae_sam, reusing"] = Case(
@@ -128,6 +131,7 @@ def test_a_train_step_follows_the_formula(name):
 def test_a_chain_follows_the_formula(name):
     found = CASES[name]
     form = "grad_fn" if list(CASES).index(name) % 2 else "value_fn"
+    form = "value_fn" if name == "gam" else form
     assert_follows(
         chain(found.ours(found.rho), form).params, follow(found.oracle(found.rho))
     )
@@ -153,7 +157,8 @@ def test_zero_gradients_and_a_schedule_that_makes_the_radius_zero(name):
     records = pulled(ours, pulling_batches(4))
     assert flat_norm(records[0][2]) == 0
     for _, g, added, _ in records[2:]:
-        if "both" not in name:  # its d is centered whatever the radius
+        # Of one d is centered whatever the radius, another has a second radius.
+        if "both" not in name and name != "gam":
             assert flat_norm(added) <= 1e-6 * flat_norm(g)
 
 
@@ -163,6 +168,7 @@ LIMITS = {
     "wsam of alpha 4 is generalized_sam": lambda: lwsam.wsam(0.3, 0.8, coupled=True),
     "wsam of zero": lambda: lwsam.wsam(0.3, 0.0, coupled=True),
     "wsam of zero, decoupled": lambda: lwsam.wsam(0.3, 0.0, learning_rate=RATE),
+    "gam of its first step": lambda: lwsam.gam(0.2, 0.3, beta1=1.0, gamma=0.0),
     "ae_sam of an open gate": lambda: lwsam.ae_sam(0.3, 6, first=-1e9, last=-1e9),
     "ae_sam of a closed gate is zero": lambda: lwsam.ae_sam(
         0.3, 6, first=1e9, last=1e9
@@ -226,7 +232,7 @@ def test_along_the_momentum(name):
     assert all(len(names) == 6 for names in run.kept)
 
 
-@pytest.mark.parametrize("name", ["stable_sam", "wsam"])
+@pytest.mark.parametrize("name", ["stable_sam", "wsam", "gam"])
 def test_there_is_nothing_to_combine_along_the_momentum(name):
     with pytest.raises(ValueError, match="combine"):
         CASES[name].ours(0.1, ascent=lwsam.momentum())
@@ -239,7 +245,7 @@ def test_sparse_sam_follows_the_formula_and_its_masks():
     """Masks are drawn; what is dropped are the active elements of smallest |g|."""
     method = lwsam.sparse_sam(0.3, 0.5, period=2, total_steps=6, drop=0.5)
     run = train(method)
-    masks = [mask_of(memory) for memory in run.memories]
+    masks = [mask_of(state.memory) for state in run.states]
     steps = follow(oracles.sparse_sam(GRADIENT, rho=0.3, masks=masks))
     assert_follows(run.params, steps)
     count = sum(leaf.size for leaf in masks[0].values())
@@ -267,3 +273,34 @@ def mask_of(memory):
 
 def is_mask(x):
     return isinstance(x, lwsam.ElementMask)
+
+
+def test_four_gradients_are_not_of_one_function_and_cost_four():
+    with pytest.raises(ValueError, match="value_fn"):
+        chain(CASES["gam"].ours(0.3), "grad_fn")
+    for part in ({"when": lwsam.unusual(6)}, {"descent": lwsam.sharpest(0.5)}):
+        with pytest.raises(ValueError, match="`combine`.*takes two"):
+            lwsam.gam(0.1, **part)
+    info = train(CASES["gam"].ours(0.3)).infos[0]
+    np.testing.assert_allclose(1 + info.overhead, 4.0, atol=0.05)
+
+
+@pytest.mark.parametrize("form", ["step", "chain"])
+def test_the_radius_of_gsam_may_follow_the_learning_rate(form):
+    """And alpha a schedule of its own: both are read at the number of the gradient."""
+    rate = lambda t: 0.3 * 0.5**t
+    low, high, largest = 0.05, 0.4, rate(0)
+    rho = lambda t: low + (high - low) * rate(t) / largest
+    alpha = lambda t: 0.2 + 0.1 * t
+
+    def rule(number, *rest):
+        return family.gsam(GRADIENT, rho=rho(number), alpha=alpha(number))(
+            number, *rest
+        )
+
+    method = lwsam.gsam(rho, alpha)
+    run = train(method) if form == "step" else chain(method, "value_fn")
+    assert_follows(run.params, follow(rule))
+    if form == "step":
+        radii = [float(info.rho) for info in run.infos]
+        np.testing.assert_allclose(radii, [rho(t) for t in range(len(radii))])

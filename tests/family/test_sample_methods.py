@@ -147,6 +147,25 @@ def test_a_third_gradient_costs_a_backward_pass():
     assert third / plain == pytest.approx(two / one, abs=0.12)
 
 
+def test_other_terms_of_the_loss_go_with_the_descent():
+    """Weight decay, once, at the perturbed point."""
+    decay = 0.05
+
+    def decayed(params, model_state, batch, key):
+        loss, aux = loss_fn(params, model_state, batch, key)
+        squares = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+        return loss + decay / 2 * squares, aux
+
+    plain = oracles.focal_sam(GRADIENT, LOSSES, rho=0.3, c=C)
+
+    def rule(number, w, last, batch):
+        move = plain(number, w, last, batch)
+        point = family.added(w, 1.0, move.epsilon)
+        return move._replace(update=family.added(move.update, decay, point))
+
+    assert_follows(train(focal(0.3), loss_fn=decayed).params, follow(rule))
+
+
 def test_numbers_out_of_range_are_refused():
     for make, argument in (
         (lambda: lwsam.csam(0.1, 2.5), "gamma"),
@@ -173,6 +192,29 @@ def test_what_the_loss_must_return():
     state = step.init(params, {}, batches[0], key=jax.random.key(0))
     with pytest.raises(ValueError, match="`labels`"):
         step(state, batches[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_m_sam_follows_the_formula(count):
+    """One part is SAM; as many as examples is SAM of each."""
+    run = train(lwsam.m_sam(0.3, count))
+    rule = oracles.m_sam(GRADIENT, rho=0.3, groups=count)
+    assert_follows(run.params, follow(rule))
+    if count == 1:
+        assert_follows(run.params, follow(family.sam(GRADIENT, rho=0.3)))
+
+
+def test_m_sam_with_other_parts():
+    parts = {"combine": lwsam.mix(0.5), "select": lwsam.top_k(2)}
+    run = train(lwsam.m_sam(0.1, 2, **parts, rule=lwsam.weights), dtype=np.float32)
+    assert {len(names) for names in run.kept[1:]} == {2}
+    train(lwsam.focal_sam(0.1, COUNTS, LABELS, split=lwsam.sub_batches(2)))
+    with pytest.raises(ValueError, match="without a state"):
+        train(lwsam.friendly_sam(0.1, split=lwsam.sub_batches(2)))
+    with pytest.raises(ValueError, match="`split`"):
+        lwsam.ae_sam(0.1, 6, split=lwsam.sub_batches(2))
+    with pytest.raises(ValueError, match="TrainStep"):
+        lwsam.as_optax(lwsam.m_sam(0.1))
 
 
 @pytest.mark.parametrize("name", CASES)

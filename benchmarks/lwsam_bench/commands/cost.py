@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lwsam_bench.commands.options import arguments as parse
+from lwsam_bench.support.errors import UserError
 
 
 def add(commands: Any, start: Callable[..., Any]) -> None:
@@ -38,11 +39,34 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
         help="compile some of the steps, run none: how long it takes, what XLA counts",
     )
     add("--out", help="file for the Markdown (default: print it)")
+    add(
+        "--presets",
+        action="store_true",
+        help="a step of every preset over SGD's, by the model and by XLA: compiles each",
+    )
+    add("--rows", help="with --presets: the JSONL file, whose rows are kept")
+    add("--page", help="with --presets: a page with the marks of the table")
     parser.set_defaults(run=lambda arguments: _cost(arguments, start))
 
 
 def _cost(arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
     console = start(cache=False)  # it measures how long compiling takes
+    if arguments.presets:
+        if arguments.rows is None:
+            raise UserError("--presets needs --rows, the file for what it finds")
+        from lwsam_bench.speed import presets
+
+        return presets.run(
+            arguments.model,
+            arguments.batch_size,
+            arguments.image_size,
+            console,
+            rows=arguments.rows,
+            page=arguments.page,
+        )
+    for option in ("rows", "page"):
+        if getattr(arguments, option) is not None:
+            raise UserError(f"--{option} has no meaning without --presets")
     from lwsam_bench.speed import cost
 
     return cost.run(

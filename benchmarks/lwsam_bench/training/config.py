@@ -10,6 +10,42 @@ from collections.abc import Mapping
 from typing import Any
 
 
+# Presets of the library that `training.family` makes.
+FAMILY = (
+    "sparse_sam",
+    "sl_sam",
+    "gcsam",
+    "lightsam",
+    "mup_perturbation",
+    "stable_sam",
+    "wsam",
+    "gam",
+    "ae_sam",
+    "csam",
+    "focal_sam",
+    "imbsam",
+    "adazo_sam",
+    "lorenza",
+    "async_sam",
+    "m_sam",
+    "random_sam",
+    "rwp",
+    "m_rwp",
+    "arwp",
+    "m_arwp",
+    "damp",
+)
+# Of these, those whose direction is their own and takes no gradient.
+OWN_DIRECTION = (
+    "adazo_sam",
+    "lorenza",
+    "random_sam",
+    "rwp",
+    "m_rwp",
+    "arwp",
+    "m_arwp",
+    "damp",
+)
 METHODS = (
     "sgd",
     "sam",
@@ -23,6 +59,7 @@ METHODS = (
     "esam",
     "perturbed",
     "momentum_sam",
+    *FAMILY,
 )
 # Along what the perturbation is: the second kind takes no gradient of its own.
 STALE = ("momentum", "previous", "random")
@@ -109,6 +146,29 @@ METHOD_DEFAULTS: Mapping[str, MethodDefaults] = {
     "perturbed": MethodDefaults(rho=0.1, ascent="momentum", shape="relative"),
     # Becker et al. (2024), as their code is called.
     "momentum_sam": MethodDefaults(rho=3.0, ascent="momentum"),
+    # Those of the library's docstrings; where none is published, one of SAM's size.
+    "sparse_sam": MethodDefaults(rho=0.1),
+    "sl_sam": MethodDefaults(rho=0.05, k=4),
+    "gcsam": MethodDefaults(rho=0.05),
+    "lightsam": MethodDefaults(rho=0.001),
+    "mup_perturbation": MethodDefaults(rho=0.01),
+    "stable_sam": MethodDefaults(rho=0.05),
+    "wsam": MethodDefaults(rho=0.05),
+    "gam": MethodDefaults(rho=0.2),
+    "ae_sam": MethodDefaults(rho=0.05),
+    "csam": MethodDefaults(rho=0.05),
+    "focal_sam": MethodDefaults(rho=0.2),
+    "imbsam": MethodDefaults(rho=0.05),
+    "adazo_sam": MethodDefaults(rho=0.05),
+    "lorenza": MethodDefaults(rho=0.05),
+    "async_sam": MethodDefaults(rho=0.05),
+    "m_sam": MethodDefaults(rho=0.05),
+    "random_sam": MethodDefaults(rho=0.05),
+    "rwp": MethodDefaults(rho=0.01),
+    "m_rwp": MethodDefaults(rho=0.01),
+    "arwp": MethodDefaults(rho=0.01),
+    "m_arwp": MethodDefaults(rho=0.01),
+    "damp": MethodDefaults(rho=0.2),
 }
 
 

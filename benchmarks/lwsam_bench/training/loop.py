@@ -84,7 +84,7 @@ def final_state(
     if not (folder / run_folder.CHECKPOINTS).is_dir():
         raise UserError(f"{folder} holds no checkpoint: train the run first")
     total = config.total_steps(task.steps_per_epoch)
-    step_fn, _ = make_step(config, task.loss_fn, total)
+    step_fn, _ = make_step(config, task.loss_fn, total, **task.facts())
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
     try:
         step = checkpoints.latest()
@@ -116,7 +116,9 @@ class _Run:
         self.config, self.options, self.out = config, options, out
         self.task, self.checkpoints, self.console = task, checkpoints, console
         self.total = config.total_steps(task.steps_per_epoch)
-        self.step_fn, self.learning_rate = make_step(config, task.loss_fn, self.total)
+        self.step_fn, self.learning_rate = make_step(
+            config, task.loss_fn, self.total, **task.facts()
+        )
         self.state = _initial_state(self.step_fn, config, task)
         self.identity = _identity(config, task)
         self.done, self.earlier = checkpoints.latest() or 0, Tally()

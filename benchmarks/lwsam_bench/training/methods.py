@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lwsam_jax as lwsam
+from lwsam_bench.training import family
 from lwsam_bench.training.config import NORMALIZE, TrainConfig
+from lwsam_bench.training.family import Facts, FAMILY
 
 
 _SHAPES: Mapping[str, Callable[[], Any]] = {
@@ -17,8 +19,16 @@ _SHAPES: Mapping[str, Callable[[], Any]] = {
 }
 
 
-def configure(config: TrainConfig, total_steps: int) -> lwsam.Method:
-    """Return the method of a run of so many steps."""
+def configure(
+    config: TrainConfig, total_steps: int, facts: Facts | None = None
+) -> lwsam.Method:
+    """Return the method of a run of so many steps.
+
+    Args:
+      config: Of the run.
+      total_steps: Its length.
+      facts: What else is known of it, for the methods of `family.FAMILY`.
+    """
     budgets = {}
     if config.method == "lwsam":
         budgets["max_overhead"] = config.max_overhead
@@ -34,6 +44,7 @@ def configure(config: TrainConfig, total_steps: int) -> lwsam.Method:
         ascent=_ascent(config),
         when=_when(config, total_steps),
         seed=config.seed,
+        facts=facts or Facts(total_steps, learning_rate=config.lr),
         **budgets,
     )
 
@@ -47,6 +58,7 @@ def make_method(
     criterion: str = "high",
     reuse: float = 0.0,
     shape: str = "normalized",
+    facts: Facts | None = None,
     **parts: Any,
 ) -> lwsam.Method:
     """Return a method of the library.
@@ -55,15 +67,19 @@ def make_method(
       name: One of `config.METHODS`.
       rho: Radius, a float or a schedule.
       alpha: Weight of the perturbed gradient, a float or a schedule.
-      k: Layers of `lwsam`; of `perturbed` and `momentum_sam` too, unless it is 0.
+      k: Layers of `lwsam` and `sl_sam`; of `perturbed` and `momentum_sam` too, unless it
+        is 0.
       criterion: One of `config.CRITERIA`, for `lwsam`.
       reuse: Weight of the direction that `looksam` keeps for the steps between ascents.
       shape: One of `config.SHAPES`; not read where the shape is the method's own.
+      facts: What is known of the run, for the methods of `family.FAMILY`.
       **parts: Other arguments of `lwsam.Method`.
 
     Raises:
       ValueError: On an unknown name, or parts that cannot be right together.
     """
+    if name in FAMILY:
+        return family.make(name, rho, k, facts, parts)
     shaped = {"shape": _SHAPES[shape](), **parts}
     match name:
         case "sgd":

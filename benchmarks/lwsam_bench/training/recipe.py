@@ -12,6 +12,7 @@ import lwsam_jax as lwsam
 from lwsam_bench.models.network import Network
 from lwsam_bench.training import methods
 from lwsam_bench.training.config import DECAY_AT, TrainConfig
+from lwsam_bench.training.family import Facts
 
 
 LossFn = Callable[[Any, Any, Mapping[str, Array], Array], Any]
@@ -140,10 +141,24 @@ def weight_decay_in_loss(config: TrainConfig) -> float:
 
 
 def make_step(
-    config: TrainConfig, loss_fn: LossFn, total_steps: int
+    config: TrainConfig,
+    loss_fn: LossFn,
+    total_steps: int,
+    *,
+    steps_per_epoch: int | None = None,
+    class_counts: Any = None,
 ) -> tuple[lwsam.TrainStep, Callable[[Any], Any]]:
-    """Return the train step of a run and its learning rate."""
+    """Return the train step of a run and its learning rate.
+
+    Args:
+      config: Of the run.
+      loss_fn: Its loss.
+      total_steps: Its length.
+      steps_per_epoch: That of an epoch, for methods that count in epochs.
+      class_counts: Examples of each class, for methods that weigh them.
+    """
     schedule = make_schedule(config.lr, total_steps, config.decay_at)
     optimizer = make_optimizer(config, schedule)
-    method = methods.configure(config, total_steps)
+    facts = Facts(total_steps, steps_per_epoch, schedule, class_counts)
+    method = methods.configure(config, total_steps, facts)
     return lwsam.TrainStep(loss_fn, optimizer, method), schedule

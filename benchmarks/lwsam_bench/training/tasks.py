@@ -16,6 +16,7 @@ from lwsam_bench.models.network import Network
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.training import evaluation, recipe, vit_checkpoint
 from lwsam_bench.training.config import TrainConfig
+from lwsam_bench.training.family import reads_losses
 from lwsam_bench.training.recipe import LossFn
 
 
@@ -54,6 +55,14 @@ class Task:
     dataset: splits.Dataset | None
     source: Mapping[str, Any]
     weights: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `recipe.make_step` wants to know of the data."""
+        counts = None
+        if self.dataset is not None:
+            labels = self.dataset.train.labels
+            counts = np.bincount(labels, minlength=self.dataset.num_classes)
+        return {"steps_per_epoch": self.steps_per_epoch, "class_counts": counts}
 
 
 def make(
@@ -137,7 +146,7 @@ def _images(
             network,
             weight_decay=recipe.weight_decay_in_loss(config),
             label_smoothing=config.label_smoothing,
-            per_example=config.method == "esam",
+            per_example=reads_losses(config.method),
         ),
         batches=batches,
         steps_per_epoch=batches.steps_per_epoch,
@@ -177,7 +186,7 @@ def _text(config: TrainConfig, source: text.Text) -> Task:
             network,
             weight_decay=recipe.weight_decay_in_loss(config),
             label_smoothing=config.label_smoothing,
-            per_example=config.method == "esam",
+            per_example=reads_losses(config.method),
         ),
         batches=text.TextBatches(
             train, batch_size=config.batch_size, length=length, seed=config.seed

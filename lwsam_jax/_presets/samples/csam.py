@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import _checks
-from ..._axes import shape, weighed, which
+from ..._axes import descent, shape, which
 from ..._engine.rules import leaves
 from ..._method import Method
 from ..preset import preset
@@ -59,6 +59,6 @@ def csam(
         select=which.everything(),
         rho=rho,
         shape=shape.normalized(),
-        descent=weighed.weighed(calibrated) if gamma else None,
+        descent=descent.weighed(calibrated) if gamma else None,
         rule=leaves,
     )

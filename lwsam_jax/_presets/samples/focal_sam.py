@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ... import _checks
-from ..._axes import shape, weighed, which
+from ..._axes import descent, shape, which
 from ..._engine.rules import leaves
 from ..._method import Method
 from ..preset import preset
@@ -52,16 +52,16 @@ def focal_sam(
     """
     _checks.non_negative("focal_sam", "gamma", gamma, "1 is the authors' default.")
     _checks.non_negative("focal_sam", "weight", weight, "0.5 is the authors' default.")
-    share = np.asarray(weighed.class_counts("focal_sam", counts))
+    share = np.asarray(descent.class_counts("focal_sam", counts))
     table = weight * (1 - share / share.sum()) ** gamma
-    own = weighed.by_class(table, labels)
+    own = descent.by_class(table, labels)
     return preset(
         parts,
         select=which.everything(),
         rho=rho,
         shape=shape.normalized(),
-        descent=weighed.weighed(
-            own, ascent=own, rest=weighed.by_class(1 - table, labels)
+        descent=descent.weighed(
+            own, ascent=own, rest=descent.by_class(1 - table, labels)
         ),
         rule=leaves,
     )

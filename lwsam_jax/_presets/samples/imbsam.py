@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ... import _checks
-from ..._axes import shape, weighed, which
+from ..._axes import descent, shape, which
 from ..._engine.rules import leaves
 from ..._method import Method
 from ..preset import preset
@@ -54,13 +54,13 @@ def imbsam(
         raise _checks.value_error(
             "imbsam", "tail_weight", "> 0", repr(tail_weight), remedy
         )
-    rare = weighed.class_counts("imbsam", counts) < fewer_than
-    own = weighed.by_class(tail_weight * rare, labels)
+    rare = descent.class_counts("imbsam", counts) < fewer_than
+    own = descent.by_class(tail_weight * rare, labels)
     return preset(
         parts,
         select=which.everything(),
         rho=rho,
         shape=shape.normalized(),
-        descent=weighed.weighed(own, ascent=own, rest=weighed.by_class(~rare, labels)),
+        descent=descent.weighed(own, ascent=own, rest=descent.by_class(~rare, labels)),
         rule=leaves,
     )

@@ -9,9 +9,11 @@ from lwsam_bench.support.errors import UserError
 from lwsam_bench.training.config import (
     ASCENTS,
     CRITERIA,
+    FAMILY,
     METHOD_DEFAULTS,
     METHODS,
     NORMALIZE,
+    OWN_DIRECTION,
     SHAPES,
     STALE,
     TrainConfig,
@@ -36,13 +38,17 @@ _WITHOUT_MEANING: Mapping[str, tuple[str, ...]] = {
     "gsam": (*_LAYERS, "reuse", "normalize"),
     "friendly_sam": (*_LAYERS, "alpha", "reuse", *_SHAPE),
     "esam": (*_LAYERS, "alpha", "reuse", *_ASCENT, *_SHAPE),
+    **dict.fromkeys(FAMILY, (*_LAYERS, "alpha", "reuse", *_SHAPE)),
+    "sl_sam": ("criterion", *_BUDGETS, "alpha", "reuse", *_SHAPE),
+    "ae_sam": (*_LAYERS, "alpha", "reuse", *_SHAPE, "every", "last"),
+    **dict.fromkeys(OWN_DIRECTION, (*_LAYERS, "alpha", "reuse", *_SHAPE, *_ASCENT)),
     "perturbed": ("criterion", *_BUDGETS, "alpha", "reuse", "normalize", "fraction"),
     "momentum_sam": ("criterion", *_BUDGETS, "alpha", "reuse", "normalize", *_ASCENT),
 }
 # Those whose gradient has a part of the ascent's, and the one that never takes any.
 _ASCENTS_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("generalized_sam", "gsam", "looksam"), ("whole_batch", "micro_batch")
+        ("generalized_sam", "gsam", "looksam", *FAMILY), ("whole_batch", "micro_batch")
     ),
     "perturbed": STALE,
 }
