@@ -103,12 +103,11 @@ def sparse(
         new = state.mask
         if mask == "dynamic" and sparsity > 0:
             now = (state.step > 0) & (state.step % period == 0)
-            flat = jax.lax.cond(
+            new = jax.lax.cond(
                 now,
-                lambda: exchanged(found, old, state.step),
-                lambda: jnp.concatenate([x.ravel() for x in old]),
+                lambda: _unflat(exchanged(found, old, state.step), state.mask),
+                lambda: state.mask,
             )
-            new = _unflat(flat, updates)
         inside = jax.tree.map(lambda on, x: jnp.where(on, x, 0), new, updates)
         return inside, ElementMask(new, state.step + 1)
 

@@ -184,9 +184,9 @@ def paired_gradients(
     found, state = plan.combine.update(
         (*g0, *g1), (*g2, *g3), there.memory.combine, plan.alpha
     )
-    if there.plan.mask is not None:  # it may select nothing
+    if there.plan.mask is not None:  # it may select nothing, and the point is not moved
         some = jnp.any(there.plan.bits)
-        found = [jnp.where(some, x, g) for x, g in zip(found, g0, strict=True)]
+        found = [jnp.where(some, x, g) for x, g in zip(found, g2, strict=True)]
     out = LayerwiseGrad(
         value=value if is_whole else at_point,
         aux=aux if is_whole else own_aux,
