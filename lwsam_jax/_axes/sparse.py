@@ -155,7 +155,8 @@ def set_mask(state: Any, mask: Any) -> Any:
     Args:
       state: Any pytree that holds exactly one `ElementMask`: a `TrainState`, the state
         of an optimizer.
-      mask: bool, structured as the parameters, such as `fisher_mask` returns it.
+      mask: bool, structured as the parameters, such as `fisher_mask` returns it; copied,
+        for a step may donate its state.
 
     Raises:
       ValueError: If the state has none or several.
@@ -168,6 +169,7 @@ def set_mask(state: Any, mask: Any) -> Any:
         raise _checks.value_error(
             "set_mask", "state", "one with an ElementMask", got, remedy
         )
+    mask = jax.tree.map(lambda x: jnp.array(x, bool), mask)
     put = lambda x: x._replace(mask=mask) if is_ours(x) else x
     return jax.tree.map(put, state, is_leaf=is_ours)
 

@@ -4,26 +4,35 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import family_reference as family
 import gradient_oracles as oracles
 import lwsam_jax as lwsam
+import reference
 from family_runs import (
     ALL,
     assert_follows,
     base,
+    base_optimizer,
     chain,
+    example_losses,
     flat_norm,
     follow,
     from_tree,
     GRADIENT,
+    loss_fn,
+    problem,
     pulled,
     pulling_batches,
     RATE,
+    SIZE,
     train,
 )
+from plain import enable_x64
 
 
 class Case(NamedTuple):
@@ -304,3 +313,69 @@ def test_the_radius_of_gsam_may_follow_the_learning_rate(form):
     if form == "step":
         radii = [float(info.rho) for info in run.infos]
         np.testing.assert_allclose(radii, [rho(t) for t in range(len(radii))])
+
+
+def test_the_fisher_mask_is_that_of_single_examples_and_the_loop_sets_it():
+    """Until then nothing is perturbed; then the largest half of the elements is."""
+    w, batches = reference.mlp_params(), reference.mlp_batches(4, SIZE)
+    fisher = family.zeros(w)
+    for i in range(SIZE):
+        g = GRADIENT(w, family.rows_of(batches[0], [i]))
+        fisher = {name: leaf + g[name] ** 2 for name, leaf in fisher.items()}
+    flat = np.concatenate([leaf.ravel() for leaf in fisher.values()])
+    bound = np.sort(flat)[-round(len(flat) / 2)]
+    expected = {name: leaf >= bound for name, leaf in fisher.items()}
+    with enable_x64(True):
+        params, given = problem()
+        loss = lambda p, batch: jnp.mean(example_losses(p, batch))
+        mask = lwsam.fisher_mask(loss, params, given[0], sparsity=0.5)
+        method = lwsam.sparse_sam(0.3, 0.5, "fisher")
+        step = lwsam.TrainStep(loss_fn, base_optimizer(), method)
+        state = step.init(params, {}, given[0], key=jax.random.key(0))
+        path = []
+        for number, batch in enumerate(given[:4]):
+            if number == 2:
+                state = lwsam.set_mask(state, mask)
+            state, _ = step(state, batch)
+            path.append(from_tree(state.params))
+    for name, leaf in from_tree(mask).items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    none = {name: np.zeros_like(leaf) for name, leaf in w.items()}
+    rule = oracles.sparse_sam(GRADIENT, rho=0.3, masks=[none, none, expected, expected])
+    assert_follows(path, follow(rule, batches=batches))
+    with pytest.raises(ValueError, match="ElementMask"):
+        lwsam.set_mask({"w": jnp.ones(2)}, mask)
+
+
+def test_adasam_is_sam_with_amsgrad():
+    """Its formula with the bias corrections that Optax has."""
+    rate, b1, b2, eps, rho = 0.01, 0.9, 0.999, 1e-8, 0.3
+    with enable_x64(True):
+        params, given = problem()
+        tx = optax.chain(lwsam.as_optax(lwsam.sam(rho)), optax.amsgrad(rate))
+        state, path = tx.init(params), []
+
+        @jax.jit
+        def update(params, state, batch):
+            loss = lambda p: jnp.mean(example_losses(p, batch))
+            grads = jax.grad(loss)(params)
+            updates, state = tx.update(grads, state, params, value_fn=loss)
+            return optax.apply_updates(params, updates), state
+
+        for batch in given:
+            params, state = update(params, state, batch)
+            path.append(from_tree(params))
+    w = reference.mlp_params()
+    m, v, largest = family.zeros(w), family.zeros(w), family.zeros(w)
+    for t, (ours, batch) in enumerate(
+        zip(path, reference.mlp_batches(len(path), SIZE), strict=True), start=1
+    ):
+        epsilon = family.to_norm(rho, GRADIENT(w, batch))
+        d = GRADIENT(family.added(w, 1.0, epsilon), batch)
+        for name in w:
+            m[name] = b1 * m[name] + (1 - b1) * d[name]
+            v[name] = b2 * v[name] + (1 - b2) * d[name] ** 2
+            largest[name] = np.maximum(largest[name], v[name] / (1 - b2**t))
+            step = m[name] / (1 - b1**t) / (np.sqrt(largest[name]) + eps)
+            w = {**w, name: w[name] - rate * step}
+            np.testing.assert_allclose(ours[name], w[name], rtol=1e-8, atol=1e-10)

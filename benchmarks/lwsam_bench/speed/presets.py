@@ -77,6 +77,12 @@ CASES: Mapping[str, Case] = {
     "m_arwp": Case(lambda: lwsam.m_arwp(0.01)),
     "damp": Case(lambda: lwsam.damp(0.2)),
     "sam, momentum (MSAM)": Case(lambda: lwsam.sam(3.0, ascent=lwsam.momentum())),
+    "sam, every second step": Case(
+        lambda: lwsam.sam(0.05, when=lwsam.every(2)), share=1 / 2
+    ),
+    "sam, in a tail of 30 %": Case(
+        lambda: lwsam.sam(0.05, when=lwsam.last(0.3, 1)), share=0.3
+    ),
     "sam, a tenth of the batch": Case(
         lambda: lwsam.sam(0.05, ascent=lwsam.micro_batch(0.1))
     ),
