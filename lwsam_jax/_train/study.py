@@ -92,7 +92,7 @@ def _known(
 def _ratio(
     method: Method, cost: StepCost, params: Any, batch: Any, devices: int
 ) -> Callable[[Any], float]:
-    whole = method.combine.needs == "all"
+    whole = method.combine.needs == "all" or method.gate is not None
     whole = whole or shape.wants_whole_ascent(method.shape, params)
     part = 0.0 if method.is_stale else method.ascent.measured(batch, devices)
     shared = not method.is_stale and method.ascent.cut is None
@@ -114,12 +114,12 @@ def _ratio(
         shared=shared,
         freezes=method.combine.freezes,
     )
-    whole = lambda selection: ratio(selection) + (more if _perturbs(selection) else 0)
+    total = lambda selection: ratio(selection) + (more if _perturbs(selection) else 0)
     if method.split is None:
-        return whole
+        return total
     on_each = method.split.on_each(devices, method.is_stale)
     method.split.size(batch, on_each)  # refuses what cannot be cut, before a step
-    return lambda selection: method.split.price(whole(selection), on_each)
+    return lambda selection: method.split.price(total(selection), on_each)
 
 
 def forward_share(cost: StepCost) -> float:

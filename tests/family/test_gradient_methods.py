@@ -209,6 +209,38 @@ def test_norms_and_directions_of_the_oracles():
     np.testing.assert_allclose(oracles.size(first.move.epsilon), 0.3)
 
 
+def test_a_zero_at_the_perturbed_point_gives_zero():
+    g, zero = (jnp.asarray([3.0, 4.0]),), (jnp.zeros(2),)
+    for part in (lwsam.match_norm(), lwsam.flatness(0.1, 0.5, 0.5, 0.1)):
+        twice = 2 if part.pair else 1
+        found, _ = part.update(g * twice, zero * twice, (), None)
+        assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(lwsam.match_norm().update(g, zero, (), None)[0][0], 0)
+    near = (jnp.asarray([0.3, 0.4]),)
+    (found,), _ = lwsam.match_norm().update(g, near, (), None)
+    np.testing.assert_allclose(found, g[0], rtol=1e-6)
+
+
+def test_a_gate_reads_the_gradient_of_every_leaf_at_its_price():
+    """Of one layer as well; closed it is a plain step."""
+    ours = lwsam.ae_sam(0.3, 6, select=lwsam.named("a_out"), rule=lwsam.weights)
+    step = lwsam.TrainStep(loss_fn, base_optimizer(), ours)
+    params, batches = problem(np.float32)
+    state = step.init(params, {}, batches[0], key=jax.random.key(0))
+    flops = lambda *given: flops_of(step.lower(state, batches[0], *given).compile())
+    plain, opened = flops(()), flops()
+    _, info = step(state, batches[0])
+    assert float(info.rho) > 0
+    alone = step.cost.ratio(("a_out",)) - 1
+    assert float(info.overhead) > alone
+    np.testing.assert_allclose(opened / plain, 1 + float(info.overhead), atol=0.15)
+
+
+def flops_of(compiled):
+    found = compiled.cost_analysis()
+    return (found[0] if isinstance(found, list) else found)["flops"]
+
+
 def test_decoupled_wsam_bypasses_the_momentum():
     """With momentum the two forms part after the first step, and not before."""
     ours = lambda **form: train(lwsam.wsam(0.3, 0.6, **form)).params
