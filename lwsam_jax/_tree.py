@@ -94,6 +94,18 @@ def add_scaled(x: jax.Array, scale: jax.Array, direction: jax.Array) -> jax.Arra
     return (base + scale.astype(jnp.real(base).dtype) * wide(direction)).astype(own(x))
 
 
+def sharded_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `x` with the sharding in the type of another: that of Explicit axes.
+
+    Where axes are Auto the compiler finds it.
+    """
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    kinds = map(str, getattr(sharding.mesh, "axis_types", ())) if sharding else ()
+    if not any("Explicit" in kind for kind in kinds):
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
 def mix(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns (1 - weight) * x + weight * y, computed wide and rounded once."""
     x_wide, y_wide = wide(x), wide(y)

@@ -28,6 +28,7 @@ HOUSE = (
     ("_method",),
     ("_loops",),
     ("_measure",),
+    ("_devices",),
     ("_train",),
     ("_presets",),
     ("__init__",),
@@ -58,10 +59,15 @@ FOLDERS = {
         ("__init__", "lanczos"),
         ("sharpness",),
     ),
+    "_devices": (
+        ("__init__", "layout", "local"),
+        ("mesh",),
+        ("apart",),
+        ("spread",),
+    ),
     "_train": (
         (
             "__init__",
-            "devices",
             "executables",
             "find_rho",
             "parts",
@@ -70,8 +76,9 @@ FOLDERS = {
             "step_checks",
             "update",
         ),
-        ("budget", "study"),
+        ("budget", "masks", "study"),
         ("one_step",),
+        ("compiled",),
         ("step",),
     ),
 }

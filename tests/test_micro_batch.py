@@ -497,7 +497,7 @@ def test_a_share_without_an_example_raises_with_the_numbers(parallel, ascent, me
 
 def test_a_leaf_with_another_first_axis_is_named():
     batch = {"x": jnp.ones((8, 3)), "y": jnp.ones(8), "table": jnp.ones((5, 2))}
-    with pytest.raises(ValueError, match=r"8 examples.*\['table'\].*is 5.*closure"):
+    with pytest.raises(ValueError, match=r"8 examples.*\['table'\].*is 5.*constant"):
         lwsam.micro_batch(0.5).of(batch, KEY)
     step = lwsam.TrainStep(
         lambda p, m, b, k: (jnp.sum(p["w"]) * jnp.mean(b["x"]), (m, {})),

@@ -120,8 +120,7 @@ def test_so_it_is_with_a_normalized_perturbation(name):
 
 
 @needs_eight
-@pytest.mark.parametrize("name", ["pmap", "mesh"])
-def test_devices_draw_their_own_dropout_and_share_their_statistics(name):
+def test_devices_of_pmap_draw_for_themselves_and_share_their_statistics():
     """The loss sees a key of its own on each device, and may use the axis by name."""
 
     def loss(params, model_state, batch, key):
@@ -135,7 +134,7 @@ def test_devices_draw_their_own_dropout_and_share_their_statistics(name):
         }
         return value, (model_state, metrics)
 
-    step = make(PARALLEL[name](), loss)
+    step = make("pmap", loss)
     state, (info,) = run(step, 1)
     assert len(set(np.asarray(info.metrics["drawn"]))) == DEVICES
     assert int(info.metrics["rows"]) == 16

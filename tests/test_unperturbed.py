@@ -89,7 +89,7 @@ def saf_loss(term):
 
 
 def saf_run(parallel=None, method=None):
-    axis_name = None if parallel is None else "data"
+    axis_name = "data" if parallel == "pmap" else None
     term = lwsam.saf(0.5, 2.0, 1, start=0, axis_name=axis_name)
     rng = np.random.default_rng(1)
     batch = {
@@ -119,10 +119,11 @@ def test_a_train_step_carries_the_memory():
     assert with_sam[1] > 0
 
 
-def test_the_memory_is_whole_on_several_devices():
+@pytest.mark.parametrize("where", ["pmap", "mesh"])
+def test_the_memory_is_whole_on_several_devices(where):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     alone, terms = saf_run()
-    spread, of_mesh = saf_run(mesh)
+    spread, of_mesh = saf_run(mesh if where == "mesh" else where)
     np.testing.assert_allclose(of_mesh, terms, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(
         spread.model_state, alone.model_state, rtol=1e-4, atol=1e-6

@@ -111,7 +111,9 @@ def batch_size(who: str, batch: Any) -> int:
     usual = max(counts, key=lambda n: (counts.count(n), n))
     for path, n in sizes:
         if n != usual:
-            remedy = "What is no batch goes into the loss by a closure, or as a scalar."
+            remedy = (
+                "Pass what is no batch as a constant: step(state, batch, constant)."
+            )
             expected = f"arrays whose first axis is the batch, {usual} examples"
             got = f"an array at {path} whose first axis is {n}"
             raise _checks.value_error(who, "batch", expected, got, remedy)
@@ -291,7 +293,7 @@ class _Random(Stale):
 
     def direction(self, kept: Any, opt_state: Any, params: Any, key: jax.Array) -> Any:
         del kept, opt_state
-        return normal_like(params, key)
+        return jax.tree.map(_tree.sharded_as, normal_like(params, key), params)
 
 
 def random() -> Stale:

@@ -137,7 +137,7 @@ def move(
         seen_leaves = [jnp.conj(_tree.wide(g)) for g in whole]
         seen: list[Any] = [True] * len(leaves)
     else:
-        zero = lambda x: jnp.zeros(jnp.shape(x), _tree.wide(x).dtype)
+        zero = lambda x: jnp.zeros_like(_tree.wide(x))
         seen_leaves = [
             _where(active[i], jnp.conj(_tree.wide(given[i])), zero(w))
             if i in given

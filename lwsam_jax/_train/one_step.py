@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from .. import _tree
-from .._axes.descent import is_one_batch, weigh_loss, Weighed
+from .._axes.descent import is_one_batch, losses_of, weigh_loss, Weighed
+from .._devices.local import OneDevice
 from .._engine.cover import Cover
 from .._loops import passes as _passes, state as _state
 from .._loops.functional import scalar_loss
@@ -18,7 +20,6 @@ from .._loops.plan import direction_of, LayerwiseGrad, Memory, Plan, remember
 from .._loops.varying import local, varying
 from .._method import Method
 from . import budget as _budget, parts as _parts
-from .devices import Devices
 from .skipping import Faults, held_back
 from .state import StepInfo, TrainState
 from .study import Study
@@ -29,6 +30,24 @@ from .update import base_step
 _OF_THE_ASCENT = 0x5A4D
 
 
+class _Seen(NamedTuple):
+    """What a pass of the loss sees beside the parameters.
+
+    Attributes:
+      batch: The batch, or a device's share or part of it.
+      constants: What is no batch.
+      own: PRNG key of the ascent.
+      key: PRNG key of the loss.
+      devices: How many devices share the global batch with this one.
+    """
+
+    batch: Any
+    constants: tuple[Any, ...]
+    own: jax.Array
+    key: jax.Array
+    devices: int
+
+
 class OneStep:
     """The step of a selection as a function of state and batch; holds no arrays."""
 
@@ -37,7 +56,7 @@ class OneStep:
         loss_fn: Callable[..., Any],
         optimizer: optax.GradientTransformationExtraArgs,
         method: Method,
-        devices: Devices,
+        devices: OneDevice,
         study: Study,
         selection_lag: int,
         faults: Faults,
@@ -84,13 +103,17 @@ class OneStep:
         )
 
     def run(
-        self, selection: tuple[str, ...] | Cover, state: TrainState, batch: Any
+        self,
+        selection: tuple[str, ...] | Cover,
+        state: TrainState,
+        batch: Any,
+        constants: tuple[Any, ...],
     ) -> tuple[TrainState, StepInfo, jax.Array]:
-        """One step on one device; returns the mask that it decided on as well."""
+        """One step of a device; returns the mask that it decided on as well."""
         method, before = self._method, state.method_state
         hyperparams = method.scheduled(state.hyperparams, state.step)
         plan = self._plan(selection, state, hyperparams)
-        out, memory, seen = self._gradient(plan, state, batch)
+        out, memory, seen = self._gradient(plan, state, batch, constants)
         model_state, metrics = self._devices.average(*out.aux)
         kept = before.ascent
         if method.is_stale and not method.is_plain:
@@ -187,7 +210,7 @@ class OneStep:
         )
 
     def _gradient(
-        self, plan: Plan, state: TrainState, batch: Any
+        self, plan: Plan, state: TrainState, batch: Any, constants: tuple[Any, ...]
     ) -> tuple[LayerwiseGrad, Memory, Any]:
         """Returns the gradient, the memory, and what gradient a stale ascent sees."""
         method, devices = self._method, self._devices
@@ -195,14 +218,15 @@ class OneStep:
         own = jax.random.fold_in(step_key, _OF_THE_ASCENT)
         key = devices.local_key(step_key)
         if method.split is None or not plan.chosen:
-            keys = (own, key)
-            out, memory = self._evaluate(plan, state, batch, keys, devices.count)
+            seen = _Seen(batch, constants, own, key, devices.count)
+            out, memory = self._evaluate(plan, state, seen)
             return out, memory, out.grads
         state = state._replace(params=varying(state.params, devices.axis_name))
 
         def one(plan, part, number):
             keys = jax.random.fold_in(own, number), jax.random.fold_in(key, number)
-            return self._evaluate(plan, state, part, keys, 1)[0]
+            seen = _Seen(part, constants, *keys, devices=1)
+            return self._evaluate(plan, state, seen)[0]
 
         found = _parts.evaluate_parts(
             method.split,
@@ -216,19 +240,15 @@ class OneStep:
         return found.out, state.method_state.memory, found.moved
 
     def _evaluate(
-        self,
-        plan: Plan,
-        state: TrainState,
-        batch: Any,
-        keys: tuple[jax.Array, jax.Array],
-        devices: int,
+        self, plan: Plan, state: TrainState, seen: _Seen
     ) -> tuple[LayerwiseGrad, Memory]:
-        """The gradient on what one of so many devices sees; keys of ascent and loss."""
-        method, (own, key) = self._method, keys
+        """The gradient of a method on what a pass sees."""
+        method, devices, batch = self._method, self._devices, seen.batch
 
         def loss_on(part):
-            loss = lambda p: self._loss_fn(p, state.model_state, part, key)
-            return local(loss, state.params, self._devices.axis_name)
+            rest = (state.model_state, part, seen.key, *seen.constants)
+            loss = lambda p: self._loss_fn(p, *rest)
+            return local(loss, state.params, devices.axis_name)
 
         sources: dict[str, Any] = {}
         if plan.chosen:
@@ -239,16 +259,22 @@ class OneStep:
                     state.method_state.ascent,
                     state.opt_state,
                     state.params,
-                    own,
+                    seen.own,
                 )
             elif method.ascent.cut is not None:
-                part = method.ascent.of(batch, own, devices)
+                cut = lambda share, own: method.ascent.of(share, own, seen.devices)
+                part = devices.on_shares(cut, batch, seen.own)
                 sources["ascent_loss"] = loss_on(part)
             if isinstance(method.descent, Weighed):
                 sources["losses"] = self._weigh(loss_on, part, batch)
             elif method.descent is not None:
+                losses = lambda aux: {"losses": losses_of("sharpest", aux[1], batch)}
                 sources["descent_loss"] = lambda clean, perturbed: loss_on(
-                    method.descent.of(batch, clean[1], perturbed[1])
+                    devices.on_shares(
+                        lambda share, _: method.descent.of(*share),
+                        (batch, losses(clean), losses(perturbed)),
+                        (),
+                    )
                 )
         return _passes.evaluate(
             plan, state.method_state.memory, loss_on(batch), state.params, **sources
@@ -269,28 +295,35 @@ class OneStep:
             one_batch=one_batch,
         )
 
-    def refresh(self, state: TrainState, numbered: tuple[Any, jax.Array]) -> Any:
+    def refresh(
+        self,
+        state: TrainState,
+        numbered: tuple[Any, jax.Array],
+        constants: tuple[Any, ...],
+    ) -> tuple[Any]:
         """Returns the model state after a forward pass on a (batch, its number)."""
         batch, number = numbered
         key = self._devices.local_key(jax.random.fold_in(state.key, number))
-        _, aux = self._loss_fn(state.params, state.model_state, batch, key)
-        return self._devices.average(*aux)[0]
+        _, aux = self._loss_fn(state.params, state.model_state, batch, key, *constants)
+        return (self._devices.average(*aux)[0],)
 
     def many(self, covers: list[Cover]) -> Callable[..., Any]:
-        """Returns many steps on one device, each on the smallest cover that will do."""
+        """Returns many steps of a device, each on the smallest cover that will do."""
         contained = jnp.asarray(
             [[n in c.names for n in self._layers.names] for c in covers]
         )
 
-        def one(cover, state, batch):
-            return self.run(cover, state, batch)[:2]
+        def one(cover, state, batch, constants):
+            return self.run(cover, state, batch, constants)[:2]
 
-        branches = [lambda s, b, cover=cover: one(cover, s, b) for cover in covers]
+        branches = [functools.partial(one, cover) for cover in covers]
 
-        def body(state, batch):
+        def body(constants, state, batch):
             fits = jnp.all(contained | ~state.method_state.mask, axis=1)
             # A mask of another method may fit in none: then as much of it as there is.
             place = jnp.where(jnp.any(fits), jnp.argmax(fits), len(covers) - 1)
-            return jax.lax.switch(place, branches, state, batch)
+            return jax.lax.switch(place, branches, state, batch, constants)
 
-        return lambda state, batches: jax.lax.scan(body, state, batches)
+        return lambda state, batches, constants: jax.lax.scan(
+            functools.partial(body, constants), state, batches
+        )

@@ -46,7 +46,7 @@ class StepInfo(NamedTuple):
       perturbed_value: Loss at the perturbed point; `value` in a plain step.
       ascent_value: Clean loss on what the ascent sees; None where it takes no pass.
       metrics: The loss's metrics, of the clean pass on the whole batch, or where there
-        is none of the descent. Over devices floats are averaged, integers summed.
+        is none of the descent. Under pmap floats are averaged, integers summed.
       norms: f32[L], gradient norms at the perturbed point.
       mask: bool[L], layers that this step perturbed.
       rho: f32[], the radius that was applied, 0 in a plain step.

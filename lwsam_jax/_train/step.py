@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.sharding import Mesh
 
 from .. import _checks
+from .._devices.spread import spread
 from .._engine.cost import StepCost
 from .._engine.cover import Cover
 from .._engine.layers import Layers
 from .._engine.loss_scale import DynamicLossScale
-from .._loops import state as _state
 from .._loops.refresh import at_least_one
 from .._method import Method
 from . import executables as _executables, step_checks as _step_checks
-from .devices import Devices
-from .executables import Executables, Menu
+from .compiled import Compiled
+from .masks import Masks
 from .one_step import OneStep
 from .skipping import faults
 from .state import StepInfo, TrainState
@@ -31,7 +28,7 @@ from .step_checks import WHO
 from .study import study, warn_if_nothing_is_affordable
 
 
-LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Any]]]
+LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
 
 
 class TrainStep:
@@ -45,15 +42,18 @@ class TrainStep:
     descent where the ascent has a batch of its own.
 
     Args:
-      loss_fn: `loss_fn(params, model_state, batch, key) -> (loss, (model_state,
-        metrics))`. Over devices it sees its shard of the batch and a key of its own; the
+      loss_fn: `loss_fn(params, model_state, batch, key, *constants) -> (loss,
+        (model_state, metrics))`. On a mesh it is the loss of the global batch, as on one
+        device. Under pmap it sees its share of the batch and a key of its own; the
         mapped axis is named by `axis_name`.
       base_optimizer: Any Optax transformation; it gets the penalized gradient, and
         `value=` if it takes extra arguments.
       method: A `Method`: `lwsam.LayerwiseSAM(...)`, `lwsam.sam(...)`, or parts of one's
         choice.
-      parallel: None for one device; "pmap" over the local devices; a
-        `jax.sharding.Mesh` for data parallelism over all its axes.
+      parallel: None for one device. A `jax.sharding.Mesh`, of Auto or Explicit axes:
+        jit on its devices. Parameters, model state and constants stay sharded as they
+        come to `init` (replicated, fully sharded, tensor parallel), and the optimizer's
+        moments are as their parameters. "pmap": over the local devices, replicated.
       max_executables: How many executables there may be, the plain step included; sets
         that differ by less than 2 % in price are one.
       selection_lag: 0: a step perturbs the layers that the norms of the step before
@@ -66,18 +66,27 @@ class TrainStep:
         which either pass overflows is skipped.
       donate: Whether a step donates the state that goes in, to save its memory. With
         False the state and its parts can be kept; with True copy what you keep.
+      batch_axes: With a mesh: name or names of the axes over which a batch is cut; None:
+        all of them. An array whose first axis is not that of the others is replicated,
+        one that is sharded on the mesh already stays so.
+      sync: "global": one perturbation for all devices. "device": each has its own, from
+        its share of the batch, or its own noise under `random()`; nothing is reduced
+        between the passes. It is `split=lwsam.sub_batches(devices)`: parameters are
+        replicated, and the loss is that of a device's share, as under pmap.
 
     Attributes:
       layers: The layers, once `init` or the first step has seen the parameters.
-      cost: `StepCost` of the loss on one device's share of the batch, once known.
-      axis_name: Name (or names) of the mapped axis inside the loss, or None.
+      cost: `StepCost` of the loss on what it sees of the batch, once known.
+      axis_name: Name of the mapped axis inside the loss under pmap, or None.
       executables: The covers for which a step was compiled, in order of first use.
       compile_seconds: Wall time spent in first calls.
 
     Raises:
       TypeError: For arguments of the wrong kind; for a call under `jit`.
       ValueError: For an unknown `parallel`, an optimizer with a layerwise_sam or a
-        perturbed of its own, batches that do not divide by the devices.
+        perturbed of its own, batches that do not divide by the devices, arrays that are
+        sharded over another mesh; under pmap, and where an ascent or a descent cuts the
+        batch, for an array whose first axis is not that of the others.
 
     Examples:
       >>> import jax, optax, jax.numpy as jnp, lwsam_jax as lwsam
@@ -105,6 +114,8 @@ class TrainStep:
         on_nonfinite: str = "report",
         loss_scale: DynamicLossScale | float | None = None,
         donate: bool = True,
+        batch_axes: str | tuple[str, ...] | None = None,
+        sync: str = "global",
     ) -> None:
         """Checks the arguments; nothing is traced yet."""
         _step_checks.arguments(loss_fn, base_optimizer, method)
@@ -114,18 +125,12 @@ class TrainStep:
         self._faults = faults(WHO, on_nonfinite, loss_scale)
         self._loss_fn = loss_fn
         self._optimizer = optax.with_extra_args_support(base_optimizer)
-        self._method = method
-        self._devices = Devices(WHO, parallel, donate)
+        is_apart = method.split is not None or sync == "device"
+        self._devices = spread(WHO, parallel, batch_axes, donate, is_apart)
+        self._method = _step_checks.synchronized(method, sync, self._devices)
         self._most, self._lag = max_executables, selection_lag
-        self._executables: Executables | None = None
-        self._one: Any = None  # the OneStep, once the layers are known
-        self._menu: Menu | None = None
-        self._scans: dict[int, Callable[..., Any]] = {}
-        self._refresh: Any = None
-        # The masks of the state returned last, as copies that earlier steps made: they
-        # can be read without waiting for the last one.
-        self._due: collections.deque[Any] = collections.deque()
-        self._latest: Any = None
+        self._compiled: Compiled | None = None
+        self._masks = Masks()
         self._hyperparams: dict[str, Any] | None = None
         self._known: np.ndarray | None = None
         self.axis_name = self._devices.axis_name
@@ -135,15 +140,21 @@ class TrainStep:
     @property
     def executables(self) -> tuple[Cover, ...]:
         """The covers for which a step was compiled, in order of first use."""
-        return self._executables.compiled if self._executables else ()
+        return self._compiled.executables.compiled if self._compiled else ()
 
     @property
     def compile_seconds(self) -> float:
         """Wall time of first calls: tracing, compiling, dispatching."""
-        return self._executables.compile_seconds if self._executables else 0.0
+        return self._compiled.executables.compile_seconds if self._compiled else 0.0
 
     def init(
-        self, params: Any, model_state: Any, example_batch: Any, *, key: jax.Array
+        self,
+        params: Any,
+        model_state: Any,
+        example_batch: Any,
+        *,
+        key: jax.Array,
+        constants: tuple[Any, ...] = (),
     ) -> TrainState:
         """Returns the state before the first step.
 
@@ -152,26 +163,36 @@ class TrainStep:
           model_state: What the loss carries, {} if nothing; copied.
           example_batch: A batch, or `jax.ShapeDtypeStruct`s of its global shapes.
           key: PRNG key of the run.
+          constants: Trees that the loss takes beside the batch: target networks, frozen
+            parts, class weights.
 
         Raises:
           TypeError: If the loss does not return (loss, (model_state, metrics)), or the
             model state with another structure, shapes or dtypes than it got.
           ValueError: As `Layers.of`; if the batch does not divide by the devices.
         """
-        self._study(params, model_state, example_batch, key)
-        state = self._one.init(params, model_state, key)
-        _step_checks.optimizer_state(state.opt_state)
+        place = self._devices.place
+        params, model_state = place(params), place(model_state)
+        one = self._study(params, model_state, example_batch, key, place(constants))
         # The caller keeps its arrays, and no buffer of two leaves is donated twice.
-        return self._devices.place_state(jax.tree.map(_copy, state))
+        state = self._devices.first(one.init, params, model_state, key)
+        _step_checks.optimizer_state(state.opt_state)
+        return state
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+    def __call__(
+        self, state: TrainState, batch: Any, *constants: Any
+    ) -> tuple[TrainState, StepInfo]:
         """Runs one step; the state that goes in is donated, use the one that comes out.
 
         Args:
           state: From `init`, from the step before, or restored from a checkpoint; its
-            `hyperparams` as the loop likes them.
+            `hyperparams` as the loop likes them. On other devices it is placed where
+            that of `init` was.
           batch: Global batch; every array has the batch as its first axis, scalars are
             replicated.
+          *constants: What the loss takes beside the batch, the same trees in each step:
+            neither split nor donated nor averaged. Other values compile nothing anew,
+            other shapes do.
 
         Returns:
           The next state, and a `StepInfo`.
@@ -181,28 +202,19 @@ class TrainStep:
           ValueError: If the batch does not divide by the devices, or the state was
             donated to a step before.
         """
-        self._prepare(state, batch)
-        state = self._take_hyperparams(state)
-        assert self._executables is not None
-        batch = self._devices.place(batch)
-        due, known = self._due, self._known
-        if state.method_state is not self._latest:
-            # Of another run, or from a checkpoint. Read now: the step donates them.
-            queue = (state.method_state.mask, *state.method_state.pending)
-            due = collections.deque(map(_state.read_mask, queue))
-            known = known if self._method.is_plain else None  # it may be another mask
-        # A copy on each device, whatever hosts they have; where it is known, no waiting.
-        mask = np.asarray(due[0]) if known is None else known
-        state, info, decided = self._executables.run(mask, state, batch)
-        # Only now: a step that raises, for its batch say, leaves the queue as it was.
-        due.popleft()
-        due.append(decided)
-        self._due, self._latest = due, state.method_state
+        compiled, *args = self._prepare(state, batch, constants)
+        mask = self._masks.of(state, self._known, self._method.is_plain)
+        state, info, decided = compiled.executables.run(mask, *args)
+        self._masks.took(decided, state)
         self._hyperparams = dict(state.hyperparams)
         return state, info
 
     def scan(
-        self, state: TrainState, batches: Any, covers: int | None = None
+        self,
+        state: TrainState,
+        batches: Any,
+        covers: int | None = None,
+        constants: tuple[Any, ...] = (),
     ) -> tuple[TrainState, StepInfo]:
         """Runs many steps in one executable, which chooses among a few covers.
 
@@ -216,6 +228,7 @@ class TrainStep:
           covers: How many executables' bodies are compiled beside the plain one, spread
             over the price; None is 4. Where a `mean_overhead` has to be met it is all
             of them, for that charges each selection what the loop would run.
+          constants: As for a step, the same in all of them.
 
         Returns:
           The state after T steps, and a `StepInfo` whose arrays have a first axis T.
@@ -227,35 +240,34 @@ class TrainStep:
         if covers is not None:
             remedy = "Pass how many covers to compile beside the plain step."
             _checks.count(f"{WHO}.scan", "covers", covers, remedy)
-        first = jax.tree.map(_step_checks.one_of_many, batches)
-        self._prepare(state, first)
-        state = self._take_hyperparams(state)
-        assert self._menu is not None
-        if self._method.mean_overhead is not None:
-            covers = len(self._menu.covers)
-        elif covers is None:
-            covers = 4
-        if covers not in self._scans:
-            many = self._one.many(self._menu.few(covers))
-            self._scans[covers] = self._devices.compile(many, lead=1)
-        return self._scans[covers](state, self._devices.place(batches, lead=1))
+        compiled, *args = self._prepare(state, batches, constants, lead=1)
+        state, infos = compiled.scan(covers)(*args)
+        return state, infos
 
-    def lower(self, state: TrainState, batch: Any, selection: Any = None) -> Any:
+    def lower(
+        self,
+        state: TrainState,
+        batch: Any,
+        selection: Any = None,
+        constants: tuple[Any, ...] = (),
+    ) -> Any:
         """Returns the `jax.stages.Lowered` of a step, for its FLOPs or its HLO.
 
         Args:
           state: A state; not run, not donated.
           batch: Global batch.
           selection: A tuple of names, a `Cover`, or None for the state's own cover.
+          constants: As for a step.
         """
-        self._prepare(state, batch)
-        if selection is None:
-            assert self._menu is not None
-            selected: Any = _state.selection(state)
-            selection = self._menu.fitting(self._menu.bits(selected))
-        return self._build(selection).lower(state, self._devices.place(batch))
+        compiled, *args = self._prepare(state, batch, constants)
+        return compiled.lower(selection, *args)
 
-    def refresh(self, state: TrainState, batches: Iterable[Any]) -> TrainState:
+    def refresh(
+        self,
+        state: TrainState,
+        batches: Iterable[Any],
+        constants: tuple[Any, ...] = (),
+    ) -> TrainState:
         """Returns the state with its model state re-estimated, forward only.
 
         The running averages of a BatchNorm are those of the weights at which gradients
@@ -265,6 +277,7 @@ class TrainStep:
         Args:
           state: A state; not donated.
           batches: Global batches, as for a step.
+          constants: As for a step.
 
         Returns:
           The state, with another `model_state`.
@@ -273,12 +286,9 @@ class TrainStep:
           ValueError: If there is no batch.
         """
         for i, batch in enumerate(at_least_one(f"{WHO}.refresh", batches)):
-            self._prepare(state, batch)
-            if self._refresh is None:
-                self._refresh = self._devices.compile(self._one.refresh, donates=False)
-            number = jnp.int32(i)
-            placed = self._devices.place((batch, number))
-            state = state._replace(model_state=self._refresh(state, placed))
+            compiled, state, *args = self._prepare(state, batch, constants)
+            (model_state,) = compiled.refresh(state, (args[0], np.int32(i)), args[1])
+            state = state._replace(model_state=model_state)
         return state
 
     def _take_hyperparams(self, state: TrainState) -> TrainState:
@@ -291,59 +301,40 @@ class TrainStep:
             return state
         return state._replace(hyperparams=_step_checks.hyperparams(state, self._method))
 
-    def _prepare(self, state: TrainState, batch: Any) -> None:
-        leaves = [state.step, *jax.tree.leaves(batch)]
-        if any(isinstance(x, Tracer) for x in leaves):
-            remedy = "It jits itself, and chooses its executable by the state's mask."
-            raise _checks.type_error(
-                WHO, "state", "concrete", "a tracer (under jit)", remedy
-            )
-        if getattr(state.step, "is_deleted", bool)():
-            remedy = (
-                "Use the state that the step returned, or pass TrainStep(donate=False)."
-            )
-            got = "one that was donated to a step before"
-            raise _checks.value_error(WHO, "state", "a live one", got, remedy)
-        if self._executables is None:
-            self._study(state.params, state.model_state, batch, state.key)
-
-    def _study(self, params: Any, model_state: Any, batch: Any, key: jax.Array) -> None:
-        """Finds the layers, what they cost, and what steps may run on."""
-        found = study(
-            self._loss_fn,
-            self._method,
-            self._devices,
-            self._most,
-            params,
-            model_state,
-            batch,
-            key,
+    def _prepare(
+        self, state: TrainState, batch: Any, constants: Any, lead: int = 0
+    ) -> tuple[Compiled, TrainState, Any, Any]:
+        """Returns what to run, and the arguments where it expects them."""
+        devices = self._devices
+        _step_checks.of_a_call(state, (batch, constants))
+        one = jax.tree.map(_step_checks.one_of_many, batch) if lead else batch
+        if self._compiled is None:
+            state = devices.place_state(state)
+            constants = devices.place(constants)
+            self._study(state.params, state.model_state, one, state.key, constants)
+        assert self._compiled is not None
+        return (
+            self._compiled,
+            devices.place_state(self._take_hyperparams(state)),
+            devices.place_batch(batch, lead),
+            devices.place(constants),
         )
+
+    def _study(self, *args: Any) -> OneStep:
+        """Finds the layers, what they cost, and what steps may run on.
+
+        Args:
+          *args: Parameters, model state, batch, key and constants, each in its place.
+        """
+        devices, method = self._devices, self._method
+        with devices.context():
+            found = study(self._loss_fn, method, devices, self._most, *args)
         # All or nothing: what failed above is studied again by the next call.
         self.layers, self.cost = found.layers, found.cost
-        self._menu, self._known = found.menu, found.known
-        self._one = OneStep(
-            self._loss_fn,
-            self._optimizer,
-            self._method,
-            self._devices,
-            found,
-            self._lag,
-            self._faults,
-        )
-        self._executables = Executables(found.menu, self._build)
-        self._scans.clear()
-        self._refresh = None
-        warn_if_nothing_is_affordable(self._method, found.menu)
-
-    def _build(self, selection: tuple[str, ...] | Cover) -> Any:
-        return self._devices.compile(
-            lambda state, batch: self._one.run(selection, state, batch)
-        )
-
-
-def _copy(x: Any) -> jax.Array:
-    """Returns an array with a buffer and a dtype of its own: a weak one traces again."""
-    if not isinstance(x, jax.Array):
-        return jnp.array(x)
-    return jnp.array(x, x.dtype) if getattr(x, "weak_type", False) else x.copy()
+        self._known = found.known
+        options = (self._lag, self._faults)
+        one = OneStep(self._loss_fn, self._optimizer, method, devices, found, *options)
+        charges_menu = method.mean_overhead is not None
+        self._compiled = Compiled(one, found.menu, devices, charges_menu)
+        warn_if_nothing_is_affordable(method, found.menu)
+        return one

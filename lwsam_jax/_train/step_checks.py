@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .. import _checks, _tree
+from .._axes.ascent import random
+from .._axes.sub_batches import sub_batches
+from .._devices.local import OneDevice
 from .._engine.layers import refuse_unsorted
 from .._loops import state as _state
 from .._loops.functional import refuse_integers
@@ -17,6 +22,7 @@ from .._method import Method
 
 
 WHO = "TrainStep"
+SYNC = ("global", "device")
 
 
 def one_of_many(x: Any) -> jax.ShapeDtypeStruct:
@@ -89,6 +95,39 @@ def _model_state(tree: Any) -> None:
             raise _checks.type_error(
                 WHO, "model_state", "a tree of arrays", got, remedy
             )
+
+
+def synchronized(method: Method, sync: str, devices: OneDevice) -> Method:
+    """Returns the method with a perturbation for each device, if that is asked for."""
+    _checks.choice(WHO, "sync", sync, SYNC)
+    if sync == "global":
+        return method
+    refuse = lambda got, remedy: _checks.value_error(
+        WHO, "sync", "'global'", f"'device' {got}", remedy
+    )
+    if not devices.axis_sizes():
+        raise refuse("on one device", "Pass parallel=mesh, or leave it out.")
+    if method.split is not None:
+        raise refuse("beside a method with a `split`", "Leave one of them out.")
+    if method.is_stale and method.ascent is not random():
+        remedy = "Pass random(), or an ascent with a pass of its own."
+        raise refuse("with an ascent that is the same on every device", remedy)
+    return dataclasses.replace(method, split=sub_batches(devices.count))
+
+
+def of_a_call(state: Any, others: Any) -> None:
+    """Raises under tracing, and on a state that a step has donated."""
+    if any(isinstance(x, Tracer) for x in [state.step, *jax.tree.leaves(others)]):
+        remedy = "It jits itself, and chooses its executable by the state's mask."
+        raise _checks.type_error(
+            WHO, "state", "concrete", "a tracer (under jit)", remedy
+        )
+    if getattr(state.step, "is_deleted", bool)():
+        remedy = (
+            "Use the state that the step returned, or pass TrainStep(donate=False)."
+        )
+        got = "one that was donated to a step before"
+        raise _checks.value_error(WHO, "state", "a live one", got, remedy)
 
 
 def _kinds(tree: Any) -> str:

@@ -13,12 +13,12 @@ import numpy as np
 from .._axes import shape, when, which
 from .._axes.descent import is_one_batch, Weighed
 from .._axes.probe import Probe
+from .._devices.local import OneDevice
 from .._engine.cost import step_cost, StepCost
 from .._engine.cover import Cover
 from .._engine.layers import Layers
 from .._method import Method
 from . import step_checks as _step_checks
-from .devices import Devices
 from .executables import Menu
 
 
@@ -27,7 +27,7 @@ class Study(NamedTuple):
 
     Attributes:
       layers: The layers, with their depth.
-      cost: The cost of the loss on one device's share of the batch.
+      cost: The cost of the loss on what it sees of the batch.
       ratio: FLOPs of the method's step of a selection over a plain gradient.
       menu: What steps may run on.
       known: bool[L], the layers that every step is compiled for; None if these change.
@@ -45,20 +45,26 @@ class Study(NamedTuple):
 def study(
     loss_fn: Callable[..., Any],
     method: Method,
-    devices: Devices,
+    devices: OneDevice,
     most: int,
     params: Any,
     model_state: Any,
     batch: Any,
     key: jax.Array,
+    constants: tuple[Any, ...],
 ) -> Study:
-    """Traces a loss on the shapes of one device's share; raises on a wrong one."""
-    share = jax.tree.map(devices.share, batch)
-    args, axes = (model_state, share, key), devices.axis_sizes()
+    """Traces a loss on the shapes that it will see; raises on a wrong one."""
+    axes = devices.axis_sizes()
+    # The batch last, for its examples are counted.
+    args = (model_state, constants, key, devices.seen(batch))
+    loss = lambda params, model_state, constants, key, batch: loss_fn(
+        params, model_state, batch, key, *constants
+    )
     method.layers_of(params)  # refuses what is no parameter before it is traced
-    _step_checks.loss(loss_fn, (params, *args), axes)
-    layers = method.layers_of(params, loss_fn, *args, axis_env=axes)
-    cost = step_cost(loss_fn, params, *args, layers=layers, axis_env=axes)
+    _step_checks.loss(loss, (params, *args), axes)
+    layers = method.layers_of(params, loss, *args, axis_env=axes)
+    cost = step_cost(loss, params, *args, layers=layers, axis_env=axes)
+    share = devices.share(batch)
     ratio = _ratio(method, cost, params, share, devices.count)
     chosen = which.always_chosen(method.select, layers)
     menu = Menu(

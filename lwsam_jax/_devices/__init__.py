@@ -1,0 +1,1 @@
+"""Where a step runs: one device, the local ones by pmap, or those of a mesh."""

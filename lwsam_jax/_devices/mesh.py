@@ -1,0 +1,210 @@
+"""How a step is spread over a mesh: by jit, with the shardings that it is given.
+
+The loss is that of the global batch, so that means, weights and statistics are right by
+construction; what moves between devices is the compiler's.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .. import _checks
+from .._axes.ascent import batch_size
+from . import layout as _layout
+from .local import copied, OneDevice
+
+
+class OnMesh(OneDevice):
+    """A step under `jax.jit` on the devices of a mesh, for the global batch."""
+
+    def __init__(self, who: str, mesh: Mesh, batch_axes: Any, donate: bool) -> None:
+        """Refuses axes that the mesh does not have."""
+        super().__init__(who, donate)
+        if isinstance(batch_axes, str):
+            batch_axes = (batch_axes,)
+        axes = mesh.axis_names if batch_axes is None else tuple(batch_axes)
+        if not set(axes) <= set(mesh.axis_names) or len(set(axes)) < len(axes):
+            remedy = "Pass the names over which the batch is cut, such as ('data',)."
+            expected = f"among the axes of the mesh, {mesh.axis_names}"
+            raise _checks.value_error(who, "batch_axes", expected, repr(axes), remedy)
+        self.mesh, self.axes = mesh, axes
+        self.count = math.prod(mesh.shape[axis] for axis in axes)
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        # Of the states that were seen, by structure: steps leave them as they are.
+        self._layouts: dict[Any, Any] = {}
+
+    def context(self) -> Any:
+        """Returns the context in which a loss may name the axes of the mesh."""
+        if hasattr(jax, "set_mesh"):
+            return jax.set_mesh(self.mesh)
+        before_0_8: Any = jax.sharding
+        return before_0_8.use_mesh(self.mesh)
+
+    def seen(self, batch: Any) -> Any:
+        """Returns the shapes of the global batch."""
+        usual = self.examples(batch, 0)
+        shape = lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=self._sharding_of(x, usual, 0)
+        )
+        return jax.tree.map(lambda x: shape(_array(x)), batch)
+
+    def share(self, batch: Any) -> Any:
+        """Returns the shapes of one device's share; what is no batch is whole."""
+        usual = self.examples(batch, 0)
+
+        def share(x):
+            is_batch = len(x.shape) > 0 and x.shape[0] == usual
+            first = x.shape[0] // self.count if is_batch else None
+            shape = (first, *x.shape[1:]) if is_batch else x.shape
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        return jax.tree.map(lambda x: share(_array(x)), batch)
+
+    def examples(self, batch: Any, lead: int) -> int | None:
+        """Returns the first axis that most arrays share, the largest of several."""
+        shapes = [jnp.shape(x)[lead:] for x in jax.tree.leaves(batch)]
+        counts = collections.Counter(shape[0] for shape in shapes if shape)
+        return max(counts, key=lambda n: (counts[n], n), default=None)
+
+    def _sharding_of(self, x: Any, usual: int | None, lead: int) -> NamedSharding:
+        """Returns where an array of a batch belongs: cut, if it is one of the batch."""
+        if _layout.is_cut(x, self.mesh):
+            return x.sharding
+        if len(x.shape) <= lead or x.shape[lead] != usual:
+            return self.everywhere
+        self.refuse_remainder(x.shape, lead)
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * lead, self.axes))
+
+    def place_batch(self, batch: Any, lead: int = 0) -> Any:
+        """Cuts a batch over its axes; what is no batch goes to every device."""
+        usual = self.examples(batch, lead)
+        place = lambda x: put(x, self._sharding_of(x, usual, lead))
+        return jax.tree.map(lambda x: place(_array(x)), batch)
+
+    def place(self, tree: Any) -> Any:
+        """Keeps the shardings on the mesh; what is on one device goes to every one."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: put(x, _layout.given(self._who, path, x, self.mesh)), tree
+        )
+
+    def first(
+        self, init: Callable[..., Any], params: Any, model_state: Any, key: Any
+    ) -> Any:
+        """Returns the first state, made where it belongs."""
+        make = lambda *args: jax.tree.map(copied, init(*args))
+        args = (params, model_state, put(key, self.everywhere))
+        with self.context():
+            shapes = jax.eval_shape(make, *args)
+            params, model_state = _shardings(params), _shardings(model_state)
+            layout = _layout.of_state(shapes, params, model_state, self.mesh)
+            self._layouts = {jax.tree.structure(shapes): layout}
+            return jax.jit(make, out_shardings=layout)(*args)
+
+    def layout(self, state: Any) -> Any:
+        """Returns the sharding of each leaf: that of states of the same structure."""
+        treedef = jax.tree.structure(state)
+        if treedef not in self._layouts:
+            given = jax.tree_util.tree_map_with_path(
+                lambda path, x: _layout.given(self._who, path, x, self.mesh), state
+            )
+            self._layouts[treedef] = _layout.of_state(
+                state, given.params, given.model_state, self.mesh
+            )
+        return self._layouts[treedef]
+
+    def place_state(self, state: Any) -> Any:
+        """Puts a state where those of its structure lie."""
+        return jax.tree.map(put, state, self.layout(state))
+
+    def compile(
+        self,
+        local: Callable[..., Any],
+        lead: int = 0,
+        donates: bool = True,
+        part: Callable[[Any], Any] = lambda state: state,
+    ) -> Any:
+        """Returns `local` under jit; what it returns beside a state is everywhere."""
+        del lead
+        return _OnMesh(self, local, self._donated(donates), part)
+
+    def on_shares(self, fn: Callable[..., Any], cut: Any, whole: Any) -> Any:
+        """Returns `fn(cut, whole)` of each device's share, so that no example moves."""
+        batch_size(self._who, cut)  # every array is cut
+        if not self.axes:
+            return fn(cut, whole)
+        axes = PartitionSpec(self.axes)
+        specs = lambda tree: jax.tree.map(
+            lambda x: axes if jnp.ndim(x) else PartitionSpec(), tree
+        )
+        outputs = jax.eval_shape(fn, self.share(cut), whole)
+        return jax.shard_map(
+            fn,
+            mesh=self.mesh,
+            in_specs=(specs(cut), PartitionSpec()),
+            out_specs=specs(outputs),
+            axis_names=set(self.axes),
+            check_vma=False,
+        )(cut, whole)
+
+
+class _OnMesh:
+    """A step on a mesh; the layout of a state is known only when it comes."""
+
+    def __init__(
+        self,
+        devices: OnMesh,
+        local: Callable[..., Any],
+        donated: tuple[int, ...],
+        part: Callable[[Any], Any],
+    ) -> None:
+        self._devices, self._donated, self._part = devices, donated, part
+        self._steps: dict[Any, Any] = {}
+
+        def run(state, batch, constants):
+            first, *others = local(state, batch, constants)
+            return first, others
+
+        self._run = run
+
+    def _step(self, state: Any) -> Any:
+        treedef = jax.tree.structure(state)
+        if treedef not in self._steps:
+            layout = self._part(self._devices.layout(state))
+            self._steps[treedef] = jax.jit(
+                self._run,
+                out_shardings=(layout, self._devices.everywhere),
+                donate_argnums=self._donated,
+            )
+        return self._steps[treedef]
+
+    def __call__(self, state: Any, batch: Any, constants: Any) -> Any:
+        with self._devices.context():
+            first, others = self._step(state)(state, batch, constants)
+        return first, *others
+
+    def lower(self, state: Any, batch: Any, constants: Any) -> Any:
+        with self._devices.context():
+            return self._step(state).lower(state, batch, constants)
+
+
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns an array where it belongs, itself if it is there."""
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+        return x
+    return jax.device_put(x, sharding)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _array(x: Any) -> Any:
+    return x if hasattr(x, "dtype") else np.asarray(x)
