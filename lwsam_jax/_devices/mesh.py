@@ -57,16 +57,12 @@ class OnMesh(OneDevice):
         return jax.tree.map(lambda x: shape(_array(x)), batch)
 
     def share(self, batch: Any) -> Any:
-        """Returns the shapes of one device's share; what is no batch is whole."""
-        usual = self.examples(batch, 0)
-
-        def share(x):
-            is_batch = len(x.shape) > 0 and x.shape[0] == usual
-            first = x.shape[0] // self.count if is_batch else None
-            shape = (first, *x.shape[1:]) if is_batch else x.shape
-            return jax.ShapeDtypeStruct(shape, x.dtype)
-
-        return jax.tree.map(lambda x: share(_array(x)), batch)
+        """Returns the shapes of one device's share; raises on what is no batch."""
+        seen = OnMesh.seen(self, batch)
+        if any(x.shape for x in jax.tree.leaves(seen)):
+            batch_size(self._who, seen)
+        cut = lambda shape: (shape[0] // self.count, *shape[1:]) if shape else shape
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(cut(x.shape), x.dtype), seen)
 
     def examples(self, batch: Any, lead: int) -> int | None:
         """Returns the first axis that most arrays share, the largest of several."""
@@ -144,7 +140,8 @@ class OnMesh(OneDevice):
         specs = lambda tree: jax.tree.map(
             lambda x: axes if jnp.ndim(x) else PartitionSpec(), tree
         )
-        outputs = jax.eval_shape(fn, self.share(cut), whole)
+        shapes = jax.eval_shape(lambda x: x, cut)
+        outputs = jax.eval_shape(fn, self.share(shapes), whole)
         return jax.shard_map(
             fn,
             mesh=self.mesh,

@@ -64,7 +64,8 @@ def study(
     _step_checks.loss(loss, (params, *args), axes)
     layers = method.layers_of(params, loss, *args, axis_env=axes)
     cost = step_cost(loss, params, *args, layers=layers, axis_env=axes)
-    share = devices.share(batch)
+    cuts = method.split is not None or getattr(method.ascent, "cut", None) is not None
+    share = devices.share(batch) if cuts else devices.seen(batch)
     ratio = _ratio(method, cost, params, share, devices.count)
     chosen = which.always_chosen(method.select, layers)
     menu = Menu(
