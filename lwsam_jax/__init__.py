@@ -25,7 +25,7 @@ from ._engine.cost import step_cost, StepCost
 from ._engine.cover import Cover
 from ._engine.layers import Layers
 from ._engine.loss_scale import DynamicLossScale, LossScaleState
-from ._engine.rules import blocks, leaves, modules, weights
+from ._engine.rules import blocks, leaves, modules, stacked, weights
 from ._loops.functional import value_and_grad
 from ._loops.held import PerturbedState
 from ._loops.perturbed import eval_params, perturbed, train_params
@@ -182,6 +182,7 @@ __all__ = [
     "sparse",
     "sparse_sam",
     "stable_sam",
+    "stacked",
     "step_cost",
     "sub_batches",
     "subspace_differences",

@@ -50,18 +50,30 @@ def wide(x: jax.Array) -> jax.Array:
     return jnp.asarray(x).astype(dtype)
 
 
-def square_norm(x: jax.Array) -> jax.Array:
-    """Returns the sum of |x|^2 over all elements, as a real scalar."""
+def square_norm(x: jax.Array, keep: int | None = None) -> jax.Array:
+    """Returns the sum of |x|^2 over all elements, as a real scalar.
+
+    With `keep` over all axes but that one, as a vector.
+    """
     x = wide(x)
-    return jnp.sum(jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x**2)
+    square = jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x**2
+    axes = None if keep is None else tuple(i for i in range(x.ndim) if i != keep)
+    return jnp.sum(square, axis=axes)
 
 
-def norm(leaves: Sequence[jax.Array], dtype: jnp.dtype | None = None) -> jax.Array:
-    """Returns the L2 norm over all leaves, as a scalar of the accumulation dtype."""
+def norm(
+    leaves: Sequence[jax.Array],
+    dtype: jnp.dtype | None = None,
+    keep: Sequence[int | None] | None = None,
+) -> jax.Array:
+    """Returns the L2 norm over all leaves, as a scalar of the accumulation dtype.
+
+    With an axis to keep for each leaf that of each index there, as a vector.
+    """
     dtype = dtype or accumulation_dtype(*leaves)
     total = jnp.zeros((), dtype)
-    for leaf in leaves:
-        total = total + square_norm(leaf).astype(dtype)
+    for leaf, axis in zip(leaves, keep or [None] * len(leaves), strict=True):
+        total = total + square_norm(leaf, axis).astype(dtype)
     return root(total)
 
 

@@ -104,6 +104,9 @@ def linen_attention():
     )
 
 
+_STACK = tuple(f"stack/Dense_0/{i}" for i in range(3))
+
+
 @case
 def linen_remat_and_scan():
     nn = pytest.importorskip("flax.linen")
@@ -118,7 +121,10 @@ def linen_remat_and_scan():
         def __call__(self, x):
             x = nn.remat(Cell)(name="first")(x, None)[0]
             stack = nn.scan(
-                Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+                nn.remat(Cell),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
             )
             x, _ = stack(name="stack")(x, None)
             return nn.Dense(2, name="classify")(x)
@@ -126,10 +132,10 @@ def linen_remat_and_scan():
     return linen_case(
         Net(),
         weight(5, 4),
-        ("classify", "first/Dense_0", "stack/Dense_0"),
-        ("first/Dense_0", "stack/Dense_0", "classify"),
-        ("stack/Dense_0",),
-    )
+        ("classify", "first/Dense_0", *_STACK),
+        ("first/Dense_0", *_STACK, "classify"),
+        _STACK[1:2],
+    )._replace(stack="stack/")
 
 
 # --- NNX ------------------------------------------------------------------------------
@@ -209,7 +215,81 @@ def nnx_attention():
     )
 
 
+@case
+def nnx_scan_over_blocks():
+    """The blocks are made by `nnx.vmap` and run by `nnx.scan`."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return x + jnp.tanh(self.linear(x))
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(Block, in_axes=0, out_axes=0)
+            self.stem = nnx.Linear(4, 4, rngs=rngs)
+            self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
+            self.classify = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            run = nnx.scan(
+                lambda x, block: block(x),
+                in_axes=(nnx.Carry, 0),
+                out_axes=nnx.Carry,
+            )
+            return self.classify(run(self.stem(x), self.blocks))
+
+    blocks = tuple(f"blocks/linear/{i}" for i in range(3))
+    return nnx_case(
+        nnx,
+        Net(nnx.Rngs(key(0))),
+        weight(5, 4),
+        (*blocks, "classify", "stem"),
+        ("stem", *blocks, "classify"),
+        ("blocks/linear/1", "classify"),
+    )._replace(stack="blocks/")
+
+
 # --- Equinox --------------------------------------------------------------------------
+
+
+@case
+def equinox_stack_of_blocks():
+    """`filter_vmap` makes the stack, `lax.scan` runs it, with remat."""
+    eqx = pytest.importorskip("equinox")
+
+    class Block(eqx.Module):
+        norm: eqx.nn.LayerNorm
+        linear: eqx.nn.Linear
+
+        def __call__(self, x):
+            return x + jnp.tanh(self.linear(self.norm(x)))
+
+    class Net(eqx.Module):
+        blocks: Block
+        classify: eqx.nn.Linear
+
+        def __call__(self, x):
+            arrays, static = eqx.partition(self.blocks, eqx.is_array)
+            body = lambda x, one: (eqx.combine(one, static)(x), None)
+            x, _ = jax.lax.scan(jax.checkpoint(body), x, arrays)
+            return self.classify(x)
+
+    make = lambda key: Block(eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=key))
+    keys = jax.random.split(key(0), 4)
+    net = Net(eqx.filter_vmap(make)(keys[:3]), eqx.nn.Linear(4, 2, key=keys[3]))
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+
+    def loss(params, x):
+        y = jax.vmap(eqx.combine(params, static))(x)
+        return jnp.mean(y**2), y
+
+    blocks = tuple(f"blocks/linear/weight/{i}" for i in range(3))
+    names = (*blocks, "classify/weight")
+    return Case(loss, params, (weight(6, 4),), names, names, blocks[1:], "blocks/")
 
 
 @case

@@ -19,6 +19,7 @@ class Case(NamedTuple):
     names: tuple[str, ...]  # in pytree order
     depth: tuple[str, ...]  # from the input to the output
     selected: tuple[str, ...]
+    stack: str | None = None  # found in the paths of stacked leaves
 
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -133,7 +134,13 @@ def scan_over_stacked_layers():
         return value, {**aux, "means": means}
 
     stack = {"kernel": weight(3, 5, 5), "bias": jnp.zeros((3, 5))}
-    return mlp_case(loss, m_mid=stack)
+    made = mlp_case(loss, ("m_mid/1",), m_mid=stack)
+    blocks = tuple(f"m_mid/{i}" for i in range(3))
+    return made._replace(
+        names=("a_out", *blocks, "z_in"),
+        depth=("z_in", *blocks, "a_out"),
+        stack="m_mid",
+    )
 
 
 @case

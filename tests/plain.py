@@ -4,6 +4,7 @@ What the library is measured against wherever NumPy cannot go (Flax, scan, atten
 two calls of `jax.value_and_grad`, nothing split, nothing shared with the library.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -36,8 +37,11 @@ class Plain(NamedTuple):
 _NOT_WEIGHTS = ("bias", "b", "scale", "offset", "gamma", "beta")
 
 
-def layer_of_leaves(params) -> list[str | None]:
-    """The layer of each leaf under the default rule, leaf by leaf."""
+def layer_of_leaves(params, stack=None) -> list[str | tuple[str, ...] | None]:
+    """The layer of each leaf under the default rule, leaf by leaf.
+
+    Those of each index where `stack`, a regular expression, is found in the path.
+    """
     names = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         keys = [k for k in path if getattr(k, "name", None) != "value"]
@@ -45,11 +49,27 @@ def layer_of_leaves(params) -> list[str | None]:
             str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))))
             for k in keys
         ]
-        if leaf.ndim < 2 or words[-1] in _NOT_WEIGHTS:
+        is_stack = stack is not None and re.search(stack, "/".join(words))
+        if leaf.ndim - bool(is_stack) < 2 or words[-1] in _NOT_WEIGHTS:
             names.append(None)
-        else:
-            names.append("/".join(words[:-1] if words[-1] == "kernel" else words))
+            continue
+        name = "/".join(words[:-1] if words[-1] == "kernel" else words)
+        slices = tuple(f"{name}/{i}" for i in range(leaf.shape[0]))
+        names.append(slices if is_stack else name)
     return names
+
+
+def _parts(leaf, name):
+    """The leaf with its name, or the slices of a stack with theirs."""
+    return list(zip(name, leaf, strict=True)) if type(name) is tuple else [(name, leaf)]
+
+
+def _where(name, selected, leaf):
+    """Where a leaf is selected, to broadcast to it."""
+    if type(name) is not tuple:
+        return name is not None and name in selected
+    on = np.array([own in selected for own in name])
+    return on.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def global_norm(leaves):
@@ -70,19 +90,22 @@ def two_gradients(
 ) -> Plain:
     """Lines 5 to 7 of Algorithm 1 with two whole gradients."""
     names = layer_of_leaves(params) if leaf_layers is None else leaf_layers
-    order = list(dict.fromkeys(name for name in names if name is not None))
+    listed = [n if type(n) is tuple else (n,) for n in names if n is not None]
+    order = list(dict.fromkeys(name for own in listed for name in own))
     grad_fn = jax.value_and_grad(loss_fn, has_aux=has_aux)
     value, ascent = grad_fn(params, *args)
     value, aux = value if has_aux else (value, None)
     flat, treedef = jax.tree.flatten(params)
     ascent = treedef.flatten_up_to(ascent)
-    chosen = [name is not None and name in selected for name in names]
-    picked = [g for g, on in zip(ascent, chosen, strict=True) if on]
+    chosen = [_where(n, selected, w) for n, w in zip(names, flat, strict=True)]
+    picked = [
+        jnp.where(on, g, 0) for g, on in zip(ascent, chosen, strict=True) if np.any(on)
+    ]
     radius = rho
     if normalize != "none" and picked:
         radius = rho / global_norm(picked if normalize == "selected" else ascent)
     moved = [
-        w + radius * g if on else w
+        jnp.where(on, w + radius * g, w) if np.any(on) else w
         for w, g, on in zip(flat, ascent, chosen, strict=True)
     ]
     perturbed_value, descent = grad_fn(treedef.unflatten(moved), *args)
@@ -91,13 +114,11 @@ def two_gradients(
     )
     descent = treedef.flatten_up_to(descent)
     mixed = [
-        (1 - alpha) * g + alpha * d if on else d
+        jnp.where(on, (1 - alpha) * g + alpha * d, d) if np.any(on) else d
         for g, d, on in zip(ascent, descent, chosen, strict=True)
     ]
-    norms = [
-        global_norm([d for d, of in zip(descent, names, strict=True) if of == name])
-        for name in order
-    ]
+    slices = [x for d, of in zip(descent, names, strict=True) for x in _parts(d, of)]
+    norms = [global_norm([d for of, d in slices if of == name]) for name in order]
     return Plain(
         value,
         aux,

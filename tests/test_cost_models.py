@@ -118,13 +118,16 @@ def test_a_scan_counts_by_its_length():
     assert sum(scan.forward) == pytest.approx(sum(loop.forward), rel=0.02)
     assert scan.plain == pytest.approx(loop.plain, rel=0.02)
     stack = tuple(f"stack/{i}" for i in range(layers))
-    for one, many in (
-        (("out",), ("out",)),
-        (("stack",), stack),
-        (("in", "out"), ("in", "out")),
-        (("in", "out", "stack"), ("in", "out", *stack)),
+    for names in (
+        ("out",),
+        stack,
+        stack[10:],
+        stack[-1:],
+        (*stack[3:], "out"),
+        ("in", "out"),
+        ("in", "out", *stack),
     ):
-        assert scan.ratio(one) == pytest.approx(loop.ratio(many), rel=0.02)
+        assert scan.ratio(names) == pytest.approx(loop.ratio(names), rel=0.02)
     plain = xla_flops(jax.value_and_grad(unrolled), written_out, x)
     assert scan.plain == pytest.approx(plain, rel=0.02)
 

@@ -36,10 +36,13 @@ HOUSE = (
 FOLDERS = {
     "_engine": (
         ("__init__", "graph", "loss_scale", "rules", "trace"),
-        ("flops", "inline"),
+        ("inline", "stacks"),
+        ("flops",),
         ("cut", "depth"),
-        ("layers", "run"),
+        ("layers",),
         ("cover",),
+        ("peel",),
+        ("run",),
         ("cost",),
     ),
     "_axes": (

@@ -57,7 +57,8 @@ def test_a_remat_of_the_whole_net_is_cut_also_behind_a_cast(dtype):
         cast = jax.tree.map(lambda w: w.astype(dtype), p)
         return jax.checkpoint(net)(cast, x.astype(dtype)).astype(jnp.float32)
 
-    parts = cut(inline(trace(lambda p: loss(p, X), PARAMS)), [2])
+    program = inline(trace(lambda p: loss(p, X), PARAMS))
+    parts = cut(program, program.params[2:], program.params[:2])
     assert any(e.primitive.name in REMAT for e in parts.before)
     assert any(e.primitive.name in REMAT for e in parts.after)
 

@@ -10,7 +10,7 @@ import framework_nets
 import layer_nets
 import lwsam_jax as lwsam
 import nets
-from plain import assert_close, depth_order, two_gradients
+from plain import assert_close, depth_order, layer_of_leaves, two_gradients
 
 
 PLAIN = {**nets.CASES, **layer_nets.CASES}
@@ -40,6 +40,7 @@ def test_split_equals_two_plain_gradients(name):
     split = functools.partial(
         lwsam.value_and_grad, case.loss, layers=layers, has_aux=True, **hyper
     )
+    names = layer_of_leaves(case.params, case.stack)
     cover, mask = lwsam.Cover(layers.names), np.isin(layers.names, case.selected)
 
     @jax.jit
@@ -47,7 +48,10 @@ def test_split_equals_two_plain_gradients(name):
         outs = [split(selection=case.selected)(params, *args)]
         if name in PLAIN:  # one compilation less for the large ones
             outs.append(split(selection=cover)(params, *args, mask=mask))
-        return two_gradients(case.loss, params, args, case.selected, **hyper), outs
+        plain = two_gradients(
+            case.loss, params, args, case.selected, leaf_layers=names, **hyper
+        )
+        return plain, outs
 
     plain, outs = run(case.params, case.args, mask)
     for out in outs:

@@ -23,7 +23,7 @@ import optax
 
 from .. import _checks, _tree
 from .._engine.layers import Layers
-from .._engine.rules import is_bias
+from .._engine.rules import is_bias, slice_of
 
 
 class WholeAscent(NamedTuple):
@@ -122,8 +122,12 @@ def adaptive(
         own = [jnp.abs(_tree.wide(w)) + eta for w in leaves_of(params, leaves)]
         if not biases:
             named = jax.tree_util.tree_leaves_with_path(params)
-            pairs = zip(own, named, strict=True)
-            own = [jnp.ones_like(t) if is_bias(*at) else t for t, at in pairs]
+            stacks = [None] * len(own) if layers is None else layers.stacks
+            rows = zip(own, named, stacks, strict=True)
+            own = [
+                jnp.ones_like(t) if is_bias(path, _slice_of(w, stack)) else t
+                for t, (path, w), stack in rows
+            ]
         scaled = [t * x for t, x in zip(own, leaves, strict=True)]
         scale = _tree.reciprocal(_tree.norm(scaled))
         moved = [like(scale, x) * t * x for t, x in zip(own, scaled, strict=True)]
@@ -152,25 +156,20 @@ def relative(per: str = "layer") -> optax.GradientTransformationExtraArgs:
     _checks.choice("relative", "per", per, ("layer", "filter"))
 
     def of_filters(leaves, params, layers):
-        return [
-            norm_of_slices(w) * _tree.reciprocal(norm_of_slices(x))
-            if layers.leaf_layer[i] >= 0
-            else like(jnp.zeros(()), x)
-            for i, (w, x) in enumerate(zip(params, leaves, strict=True))
-        ]
+        found = [like(jnp.zeros(()), x) for x in leaves]
+        for i in layers.member_leaves:
+            stack = layers.stacks[i]
+            weights = norm_of_slices(params[i], stack)
+            found[i] = weights * _tree.reciprocal(norm_of_slices(leaves[i], stack))
+        return found
 
     def of_layers(leaves, params, layers):
-        members: dict[int, list[int]] = {}
-        for i, layer in enumerate(layers.leaf_layer):
-            members.setdefault(layer, []).append(i)
         found = [like(jnp.zeros(()), x) for x in leaves]
-        for layer, places in members.items():
-            if layer >= 0:
-                weights = _tree.norm([params[i] for i in places])
-                size = _tree.norm([leaves[i] for i in places])
-                factor = weights.astype(size.dtype) * _tree.reciprocal(size)
-                for i in places:
-                    found[i] = like(factor, leaves[i])
+        for places in layers.groups:
+            weights, size = (layers.norm(xs, places) for xs in (params, leaves))
+            factor = weights.astype(size.dtype) * _tree.reciprocal(size)
+            for i in places:
+                found[i] = layers.spread(like(factor, leaves[i]), i)
         return found
 
     return LeafFactors(of_layers if per == "layer" else of_filters, of_layers=True)
@@ -198,7 +197,7 @@ def keep_unseen(new: Any, old: Any, params: Any, seen: list[Any]) -> Any:
       new: State after the update.
       old: State before it.
       params: Parameter tree; parts of a state that are structured as it belong to it.
-      seen: For each of its leaves True, False, or bool[].
+      seen: For each of its leaves True, False, or bool[]; of a stack for each index.
     """
     if all(s is True for s in seen):
         return new
@@ -208,8 +207,13 @@ def keep_unseen(new: Any, old: Any, params: Any, seen: list[Any]) -> Any:
     def pick(a, b):
         if not is_ours(a):
             return a
-        leaves = zip(seen, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        return jax.tree.unflatten(treedef, [jnp.where(s, x, y) for s, x, y in leaves])
+        rows = zip(seen, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return jax.tree.unflatten(treedef, [leaf(*row) for row in rows])
+
+    def leaf(s, x, y):
+        # Some indices of a stack may be seen; a state of another rank has no indices.
+        is_whole = jnp.ndim(s) in (0, jnp.ndim(x))
+        return jnp.where(s if is_whole else jnp.any(s), x, y)
 
     return jax.tree.map(pick, new, old, is_leaf=is_ours)
 
@@ -239,17 +243,26 @@ def perturbed_part(leaves: list[Any], layers: Any, mask: Any) -> list[Any]:
     """
     if layers is None or mask is None:
         return leaves
-    pairs = zip(layers.leaf_layer, leaves, strict=True)
     return [
-        jnp.where(mask[at], x, 0) if at >= 0 else jnp.zeros_like(x) for at, x in pairs
+        jnp.where(layers.at_leaf(mask, i), x, 0) if at >= 0 else jnp.zeros_like(x)
+        for i, (at, x) in enumerate(zip(layers.leaf_layer, leaves, strict=True))
     ]
 
 
-def norm_of_slices(x: jax.Array) -> jax.Array:
-    """Returns the norms over all axes but the last; of rank below 2, over all."""
+def norm_of_slices(x: jax.Array, stack: Any = None) -> jax.Array:
+    """Returns the norms over all axes but the last; of rank below 2, over all.
+
+    Of a stack the same for each index.
+    """
     x = jnp.abs(_tree.wide(x))
-    axes = tuple(range(x.ndim - 1)) if x.ndim > 1 else None
-    return _tree.root(jnp.sum(x**2, axis=axes, keepdims=x.ndim > 1))
+    axes = [i for i in range(x.ndim) if stack is None or i != stack.axis]
+    axes = axes[:-1] if len(axes) > 1 else axes
+    keep = x.ndim > 1
+    return _tree.root(jnp.sum(x**2, axis=tuple(axes), keepdims=keep))
+
+
+def _slice_of(leaf: Any, stack: Any) -> Any:
+    return leaf if stack is None else slice_of(leaf, stack.axis)
 
 
 def like(scale: jax.Array, x: jax.Array) -> jax.Array:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend import core
 
 from .. import _checks
 from .cover import Cover, static_selection
 from .cut import large_remats
-from .flops import Work, works
+from .flops import Unrolled, Work, works
 from .inline import inline
 from .layers import Layers
 from .rules import Rule
+from .stacks import Sliced
 from .trace import AxisEnv, trace
 
 
@@ -96,15 +100,15 @@ class StepCost:
         descent = _in_range("descent", descent)
         if not chosen:
             return 1.0
-        ascent_to = range(len(self.layers) + 1) if whole_ascent else chosen
-        plain, whole = max(self.plain, 1.0), float(self._reach.forward.sum())
+        reach, perturbed = self._reach, self._reach.bits(chosen)
+        plain, whole = max(self.plain, 1.0), sum(reach.forward.values())
         is_shared = shared and f == 1.0
-        again = self._reach.run_again(chosen) if is_shared else whole
-        climb = f * (whole + self._reach.backward(ascent_to))
+        again = _sum_of(reach.forward, perturbed) if is_shared else whole
+        climb = f * (whole + reach.backward(-1 if whole_ascent else perturbed))
         if descent < 1.0:
             return descent + (climb + again) / plain
         if freezes:
-            climb -= plain - whole - self._reach.backward(chosen)
+            climb -= plain - whole - reach.backward(perturbed)
         return 1.0 + (climb - (whole - again)) / plain
 
     def _fraction(self, ascent: Any) -> float:
@@ -133,7 +137,7 @@ class StepCost:
         chosen, _ = static_selection(_WHO, selection, self.layers)
         if not chosen:
             return 1.0
-        back = self._reach.backward(chosen)
+        back = self._reach.backward(self._reach.bits(chosen))
         return 1.0 + (sum(self.forward) + back) / max(self.plain, 1.0)
 
     def eq9(self, period: int) -> float:
@@ -237,12 +241,21 @@ def step_cost(
         known.flatten("step_cost", "params", params)  # refuses another tree
     program = inline(trace(loss_fn, params, args, axis_env))
     count = len(known)
-    sources = {v: 1 << (count + 1) for v in (*program.inputs, *program.consts)}
-    for v, layer in zip(program.params, known.leaf_layer, strict=True):
-        sources[v] = 1 << (layer if layer >= 0 else count)
-    found = works(program.eqns, sources, program.outputs[:1], large_remats(program))
-    reach = _Reach.of(found, count)
-    plain = sum(w.forward for w in found) + reach.backward(range(count + 1))
+    # Bits: one for each layer, then other parameters. Other inputs have none.
+    sources: dict[core.Var, int] = {}
+    sliced: dict[core.Var, Sliced] = {}
+    for i, v in enumerate(program.params):
+        is_member, stack = known.leaf_layer[i] >= 0, known.stacks[i]
+        bits = [1 << at for at in known.of_leaf(i)] if is_member else [1 << count]
+        sources[v] = sum(bits)
+        if stack is not None:
+            sliced[v] = Sliced(stack.axis, tuple(bits))
+    is_open = large_remats(program)
+    found, unrolled = works(
+        program.eqns, sources, program.outputs[:1], is_open, sliced, count + 1
+    )
+    reach = _Reach.of(found, unrolled)
+    plain = sum(w.forward for w in found) + reach.backward(-1)
     return StepCost(known, plain, *_by_layer(known, found), _examples(args), reach)
 
 
@@ -263,55 +276,57 @@ def _examples(args: tuple[Any, ...]) -> int | None:
     return None
 
 
-def _columns(masks: list[int], count: int) -> np.ndarray:
-    """Returns bit masks as the rows of bool[rows, count + 1]; the last is "no layer"."""
-    rows = [[mask >> i & 1 for i in range(count + 1)] for mask in masks]
-    return np.array(rows, bool).reshape(len(masks), count + 1)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Reach:
-    """Which equations and cotangents which layers reach, and their FLOPs.
+class _Reach(NamedTuple):
+    """FLOPs of what the value depends on, by the layers that reach it, as bit masks.
 
     Attributes:
-      forward: f64[E], FLOPs of running each live equation again.
-      equations: bool[E, L + 1], by which layers it is reached; last, other parameters.
-      recompute: f64[E], FLOPs of its recomputation in a backward pass, under remat.
-      cotangent: f64[I], FLOPs of the cotangent of each input of a live equation.
-      inputs: bool[I, L + 1], by which layers the input is reached.
-      owner: int[I], the equation of each input.
+      forward: Of running equations again.
+      recompute: Of their recomputation in a backward pass, under remat.
+      cotangent: Of the cotangents of their inputs.
+      unrolled: The scans over stacked layers.
     """
 
-    forward: np.ndarray
-    equations: np.ndarray
-    recompute: np.ndarray
-    cotangent: np.ndarray
-    inputs: np.ndarray
-    owner: np.ndarray
+    forward: dict[int, float]
+    recompute: dict[int, float]
+    cotangent: dict[int, float]
+    unrolled: list[Unrolled]
 
     @staticmethod
-    def of(found: list[Work], count: int) -> _Reach:
-        live = [work for work in found if work.live]
-        entries = [(i, *entry) for i, work in enumerate(live) for entry in work.inputs]
-        return _Reach(
-            forward=np.array([w.forward for w in live], float),
-            equations=_columns([w.sources for w in live], count),
-            recompute=np.array([w.recompute for w in live], float),
-            cotangent=np.array([flops for _, _, flops in entries], float),
-            inputs=_columns([mask for _, mask, _ in entries], count),
-            owner=np.array([i for i, _, _ in entries], int),
-        )
+    def of(found: list[Work], unrolled: list[Unrolled]) -> _Reach:
+        made = _Reach({}, {}, {}, unrolled)
+        add = lambda to, mask, x: to.update({mask: to.get(mask, 0.0) + x})
+        for work in found:
+            if work.live:
+                add(made.forward, work.sources, work.forward)
+                every = 0
+                for mask, flops in work.inputs:
+                    add(made.cotangent, mask, flops)
+                    every |= mask
+                add(made.recompute, every, work.recompute)
+        return made
 
-    def run_again(self, chosen: Any) -> float:
-        """Returns the FLOPs of the suffix's forward pass."""
-        return float(self.forward @ self.equations[:, list(chosen)].any(axis=1))
+    def bits(self, chosen: Sequence[int]) -> int:
+        """Returns layers as a bit mask, with those that run because of them.
 
-    def backward(self, chosen: Any) -> float:
+        Behind the cut of a scan the gradient of a leaf is that of every index.
+        """
+        found = sum(1 << i for i in chosen)
+        for before, turns in self.unrolled:
+            hit = [any(mask & found for mask, _ in slices) for slices in turns]
+            first = (*hit, True).index(True)
+            start = 0 if first == 0 and before & found else first + 1  # 0: left whole
+            for of_leaf in zip(*turns[start:], strict=True):
+                if any(mask & found for mask, _ in of_leaf):
+                    found |= sum(own for _, own in of_leaf)
+        return found
+
+    def backward(self, chosen: int) -> float:
         """Returns the FLOPs of a backward pass from the value down to the layers."""
-        active = self.inputs[:, list(chosen)].any(axis=1)
-        again = np.zeros(len(self.recompute), bool)
-        again[self.owner[active]] = True
-        return float(self.cotangent @ active + self.recompute @ again)
+        return _sum_of(self.cotangent, chosen) + _sum_of(self.recompute, chosen)
+
+
+def _sum_of(flops: dict[int, float], chosen: int) -> float:
+    return sum(x for mask, x in flops.items() if mask & chosen)
 
 
 def _by_layer(
@@ -319,18 +334,19 @@ def _by_layer(
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
     """Attributes each equation to the deepest layer that it depends on."""
     count = len(layers)
+    of_params = (1 << (count + 1)) - 1
     totals = [[0.0] * count for _ in range(3)]
-    deepest = lambda indices: max(indices, key=layers.depth.__getitem__)
-    first = min(range(count), key=layers.depth.__getitem__)
+    by_depth = sorted(range(count), key=layers.depth.__getitem__, reverse=True)
+
+    @functools.cache
+    def deepest(mask):
+        return next((i for i in by_depth if mask >> i & 1), by_depth[-1])
+
     for work in found:
-        reached = 0
-        for mask, _ in work.inputs:
-            reached |= mask
-        met = [i for i in range(count) if reached >> i & 1]
-        at = deepest(met) if met else first
+        reached = functools.reduce(operator.or_, (mask for mask, _ in work.inputs), 0)
+        at = deepest(reached)
         totals[0][at] += work.forward
         for mask, flops in work.inputs if work.live else ():
-            if mask % (1 << (count + 1)):
-                totals[2 if mask == 1 << at else 1][at] += flops
+            totals[2 if mask & of_params == 1 << at else 1][at] += flops
     forward_l, input_l, weight_l = (tuple(total) for total in totals)
     return forward_l, input_l, weight_l

@@ -37,15 +37,14 @@ class Cut(NamedTuple):
     constants: list[core.Var]
 
 
-def cut(program: Program, selected: Sequence[int]) -> Cut:
+def cut(program: Program, chosen: list[core.Var], rest: list[core.Var]) -> Cut:
     """Cuts a traced loss in two.
 
     Args:
       program: The loss; its first output is the scalar value.
-      selected: Which of its parameter leaves are perturbed, ascending.
+      chosen: Variables of what is perturbed among the parameters.
+      rest: Variables of the rest of these.
     """
-    chosen = [program.params[i] for i in selected]
-    rest = [v for v in program.params if v not in set(chosen)]
     before, after = divide(_open_large_remats(program, chosen), chosen)
     crossing = [
         v for v in graph.free_variables(after, program.outputs) if v not in set(chosen)

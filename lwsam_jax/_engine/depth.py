@@ -2,34 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from jax.extend import core
 
 from . import graph
-from .inline import inline
-from .trace import AxisEnv, trace
+from .inline import inline, Program
+from .stacks import Scan, Stack, Views
+from .trace import Traced
 
 
-def first_meetings(
-    params: Any,
-    loss_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    axis_env: AxisEnv = None,
-) -> list[int]:
-    """Returns for each parameter leaf the first equation where it meets data, or -1."""
-    program = inline(trace(loss_fn, params, args, axis_env), every_call=True)
+class Place(NamedTuple):
+    """Where a leaf of the parameters stands in a loss.
+
+    Attributes:
+      position: The first equation where it meets data, -1 for none.
+      axis: The axis along which it is scanned, None for none, or for several.
+      inside: The first equation where a slice meets data in the body of the scan.
+      reverse: Whether the scan starts at the last index.
+    """
+
+    position: int = -1
+    axis: int | None = None
+    inside: int = -1
+    reverse: bool = False
+
+    def key(self, index: int, stack: Stack | None) -> tuple[int, int, int]:
+        """Returns what an index of a stack, or a leaf that is none, is sorted by."""
+        if stack is None:
+            return self.position, -1, -1
+        turn = stack.length - 1 - index if self.reverse else index
+        return self.position, turn, self.inside
+
+
+def places(traced: Traced) -> list[Place]:
+    """Returns where each parameter leaf first meets data, and how it is scanned."""
+    program = inline(traced, every_call=True)
     # A scalar that the loss closed over is a coefficient, not data.
     batch = [v for v in program.consts if graph.shape(v)]
     data = graph.dependents(program.eqns, [*program.inputs, *batch])
-    waiting = {v: frozenset({i}) for i, v in enumerate(program.params)}
-    first = [-1] * len(program.params)
-    for position, eqn in enumerate(program.eqns):
+    first = _first_meetings(program.eqns, program.params, data)
+    found = [Place(first.get(v, -1)) for v in program.params]
+    for leaf, scanned in _scanned(program).items():
+        if len({axis for axis, _, _ in scanned}) == 1:
+            axis, inside, reverse = scanned[0]
+            found[leaf] = Place(found[leaf].position, axis, inside, reverse)
+    return found
+
+
+def _first_meetings(
+    eqns: Sequence[core.JaxprEqn], sources: Sequence[core.Var], data: set[core.Var]
+) -> dict[core.Var, int]:
+    """Returns for the sources that meet data the first equation where they do."""
+    waiting = {v: frozenset({v}) for v in sources}
+    first: dict[core.Var, int] = {}
+    for position, eqn in enumerate(eqns):
         read = [atom for atom in eqn.invars if graph.is_var(atom)]
         touched = frozenset().union(*(waiting.get(v, frozenset()) for v in read))
-        touched = frozenset(i for i in touched if first[i] < 0)
+        touched = frozenset(v for v in touched if v not in first)
         if touched and any(v in data for v in read):
-            for i in touched:
-                first[i] = position
+            first.update(dict.fromkeys(touched, position))
         elif touched:
             waiting.update(dict.fromkeys(eqn.outvars, touched))
     return first
+
+
+def _scanned(program: Program) -> dict[int, list[tuple[int, int, bool]]]:
+    """Returns for each leaf that is scanned axis, place inside and direction."""
+    found: dict[int, list[tuple[int, int, bool]]] = {}
+    sources = {v: i for i, v in enumerate(program.params)}
+    views = Views(program.eqns)
+    for scan in _scans(program.eqns):
+        leaves = [views.leaves(atom, 0, sources) for atom in scan.slices]
+        if not any(leaves):
+            continue
+        first = _inside(scan, [bool(own) for own in leaves])
+        reverse = bool(scan.eqn.params["reverse"])
+        for own, at in zip(leaves, first, strict=True):
+            for v, axis in own.items():
+                found.setdefault(sources[v], []).append((axis, at, reverse))
+    return found
+
+
+def _scans(eqns: Iterable[core.JaxprEqn]) -> list[Scan]:
+    return [scan for scan in map(Scan.of, eqns) if scan is not None]
+
+
+def _inside(scan: Scan, is_parameter: Sequence[bool]) -> list[int]:
+    """Returns for each input that is sliced where in the body it first meets data."""
+    body = inline(Traced(scan.eqn.params["jaxpr"], 0, None), every_call=True)
+    carries = body.inputs[scan.consts : scan.consts + scan.carries]
+    slices = body.inputs[scan.consts + scan.carries :]
+    pairs = list(zip(slices, is_parameter, strict=True))
+    data = [*carries, *(v for v, own in pairs if not own)]
+    sources = [v for v, own in pairs if own]
+    first = _first_meetings(body.eqns, sources, graph.dependents(body.eqns, data))
+    return [first.get(v, -1) for v in slices]

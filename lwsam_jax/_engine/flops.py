@@ -7,6 +7,7 @@ transcendental function none (XLA keeps a separate count of those), data movemen
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,9 @@ from jax.extend import core
 
 from . import graph
 from .graph import is_var
+from .inline import inline
+from .stacks import Scan, Sliced, Views
+from .trace import Traced
 
 
 _MOVES = frozenset(
@@ -63,12 +67,27 @@ class Work(NamedTuple):
     live: bool
 
 
+class Unrolled(NamedTuple):
+    """A scan whose iterations were counted one by one.
+
+    Attributes:
+      before: What reaches its first iteration, or all of them.
+      turns: For each iteration the masks of the slices that it gets, each with a bit
+        that no other slice has.
+    """
+
+    before: int
+    turns: list[list[tuple[int, int]]]
+
+
 def works(
     eqns: Sequence[core.JaxprEqn],
     sources: dict[core.Var, int],
     outputs: Sequence[Any],
     is_open: Callable[[core.JaxprEqn], bool],
-) -> list[Work]:
+    sliced: dict[core.Var, Sliced],
+    bits: int,
+) -> tuple[list[Work], list[Unrolled]]:
     """Returns the work of every equation, bodies included.
 
     Args:
@@ -76,7 +95,48 @@ def works(
       sources: Bit mask of each variable that comes from outside.
       outputs: Atoms whose gradient is wanted.
       is_open: Whether a remat is cut open by the split; else it runs as a whole.
+      sliced: Those of the sources whose slices differ. A scan over one is cut by the
+        split, and counted iteration by iteration.
+      bits: How many bits the masks have; others are given to slices.
+
+    Returns:
+      The work, and the scans that were counted so.
     """
+    views, unrolled = Views(eqns), []
+    own_bits = (1 << i for i in itertools.count(bits))
+    # By equation, for a body runs often. The equation is kept with it: the place in
+    # memory of one that is gone may be that of another.
+    flops: dict[int, tuple[core.JaxprEqn, float, list[float]]] = {}
+
+    def cost(eqn):
+        if id(eqn) not in flops:
+            each = [_one_input(eqn, i) for i in range(len(eqn.invars))]
+            flops[id(eqn)] = eqn, forward(eqn), each
+        return flops[id(eqn)][1:]
+
+    def unroll(scan, masks, env) -> list[Work]:
+        """Counts the iterations of a scan one by one.
+
+        From the one behind the cut on it runs as a whole: each of its equations where
+        anything before it is reached.
+        """
+        body = inline(Traced(scan.eqn.params["jaxpr"], 0, None))
+        each, found = scan.consts + scan.carries, []
+        carry, earlier = masks[scan.consts : each], _union(masks[:each])
+        slice_mask = lambda a, i: views.mask_of_slice(a, 0, i, sliced, env)
+        turns = []
+        for index in scan.order:
+            turns.append([(slice_mask(a, index), next(own_bits)) for a in scan.slices])
+            slices = [mask and mask | own for mask, own in turns[-1]]
+            given = [*masks[: scan.consts], *carry, *slices]
+            inner = dict(zip(body.inputs, given, strict=True))
+            run = walk(body.eqns, inner, body.outputs, 1.0, None, False)
+            found += [w._replace(sources=w.sources | earlier) for w in run]
+            carried = body.outputs[: scan.carries]
+            carry = [inner.get(a, 0) if is_var(a) else 0 for a in carried]
+            earlier |= _union(slices)
+        unrolled.append(Unrolled(_union(masks[:each]), turns))
+        return found
 
     def walk(eqns, env, outputs, times, whole, remat) -> list[Work]:
         """Fills `env` with the mask of each variable.
@@ -90,6 +150,12 @@ def works(
             every = _union(masks)
             env.update(dict.fromkeys(eqn.outvars, every))
             around = every if whole is None else whole
+            scan = Scan.of(eqn) if eqns is program else None
+            if scan is not None and any(
+                views.leaves(a, 0, sliced) for a in scan.slices
+            ):
+                found.extend(unroll(scan, masks, env))
+                continue
             branches = []
             for body, trips in _bodies(eqn):
                 is_remat = eqn.primitive.name in graph.REMAT
@@ -105,17 +171,19 @@ def works(
                 found.extend(branch)
             if branches:
                 continue
-            run = times * forward(eqn)
+            run, of_inputs = cost(eqn)
+            run *= times
             inputs = tuple(
-                (mask, times * _one_input(eqn, i))
-                for i, (a, mask) in enumerate(zip(eqn.invars, masks, strict=True))
+                (mask, times * each)
+                for a, mask, each in zip(eqn.invars, masks, of_inputs, strict=True)
                 if mask and graph.is_inexact(a)
             )
             is_live = any(v in live for v in eqn.outvars)
             found.append(Work(run, run if remat else 0.0, around, inputs, is_live))
         return found
 
-    return walk(eqns, dict(sources), outputs, 1.0, None, False)
+    program = eqns
+    return walk(program, dict(sources), outputs, 1.0, None, False), unrolled
 
 
 def _union(masks: Iterable[int]) -> int:
@@ -130,24 +198,17 @@ def _enter(
     if offset < 0 or eqn.primitive.name == "while":
         return dict.fromkeys(body.invars, _union(masks))
     inner = dict(zip(body.invars, masks[offset:], strict=True))
-    if eqn.primitive.name == "scan":
-        # Constants, carries, slices. Counted by rank, which a slice loses inside: from
-        # JAX 0.12 on the parameters no longer name the numbers.
-        carries = _of_one_rank(body.outvars, eqn.outvars)
-        consts = _of_one_rank(body.invars, eqn.invars) - carries
-        for _ in range(carries):
+    scan = Scan.of(eqn)
+    if scan is not None:
+        for _ in range(scan.carries):
             before = dict(inner)
             out = _propagate(body, inner)
-            for v, mask in zip(body.invars[consts:], out[:carries], strict=False):
+            pairs = zip(body.invars[scan.consts :], out[: scan.carries], strict=False)
+            for v, mask in pairs:
                 inner[v] |= mask
             if inner == before:
                 break
     return inner
-
-
-def _of_one_rank(inner: Sequence[Any], outer: Sequence[Any]) -> int:
-    pairs = zip(inner, outer, strict=True)
-    return sum(len(graph.shape(a)) == len(graph.shape(b)) for a, b in pairs)
 
 
 def _propagate(body: core.Jaxpr, inputs: dict[core.Var, int]) -> list[int]:

@@ -59,6 +59,20 @@ def inline_body(jaxpr: core.Jaxpr) -> tuple[list[core.JaxprEqn], list[Any]]:
     return (list(jaxpr.eqns), list(jaxpr.outvars)) if consts else (eqns, outputs)
 
 
+def inline_call(
+    closed: core.ClosedJaxpr, atoms: Sequence[Any], consts: dict[core.Var, Any]
+) -> tuple[list[core.JaxprEqn], list[Any]]:
+    """Returns the equations and outputs of a function applied to atoms.
+
+    Arrays that it closed over become variables, which are added to `consts`.
+    """
+    fresh = [core.Var(v.aval) for v in closed.jaxpr.constvars]
+    consts.update(zip(fresh, closed.consts, strict=True))
+    eqns: list[core.JaxprEqn] = []
+    outputs = _inline(closed.jaxpr, [*fresh, *atoms], consts, eqns, False)
+    return eqns, outputs
+
+
 def _inline(
     jaxpr: core.Jaxpr,
     inputs: Sequence[Any],

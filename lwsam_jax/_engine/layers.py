@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks, _tree
-from .depth import first_meetings
-from .rules import labels, leaves, natural_order, Rule, weights
-from .trace import AxisEnv
+from .depth import Place, places
+from .rules import labels, natural_order, Rule, stated_axes, weights
+from .stacks import Stack
+from .trace import AxisEnv, trace, Traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +27,17 @@ class Layers:
     Attributes:
       names: One name for each layer, in pytree order.
       depth: One rank for each layer; 0 is nearest the input, no two are equal.
-      leaf_layer: For each leaf of the tree the index of its layer, or -1.
+      leaf_layer: For each leaf of the tree the index of its layer, or -1; of a stack
+        that of its first, the others follow.
       treedef: Structure of the parameter tree.
+      stacks: For each leaf how it is a stack of layers, or None.
     """
 
     names: tuple[str, ...]
     depth: tuple[int, ...]
     leaf_layer: tuple[int, ...] = dataclasses.field(repr=False)
     treedef: Any = dataclasses.field(repr=False)
+    stacks: tuple[Stack | None, ...] = dataclasses.field(repr=False)
 
     @staticmethod
     def of(
@@ -52,10 +56,16 @@ class Layers:
         meet data come first. Without a loss it is the natural order of the names
         ("Block_2" before "Block_10").
 
+        A leaf that the loss scans (`jax.lax.scan`, `nn.scan`, `nnx.scan`), itself or a
+        cast of it, is a stack: each index is a layer, `blocks/query/3`, which the scan
+        meets index by index. Without a loss only the rule `stacked` says so, and where
+        it is given it alone decides.
+
         Args:
           params: Parameter tree of arrays or `jax.ShapeDtypeStruct`s.
-          rule: `weights` (the default), `modules`, `leaves`, `blocks(pattern)`, or any
-            `(key_path, leaf) -> name | None`; leaves with one name are one layer.
+          rule: `weights` (the default), `modules`, `leaves`, `blocks(pattern)`,
+            `stacked(pattern)`, or any `(key_path, leaf) -> name | None`; leaves with one
+            name are one layer. Of a stack it sees a slice.
           loss_fn: `loss_fn(params, *args)`; traced, never run.
           *args: Arguments of the loss; arrays may be `jax.ShapeDtypeStruct`s.
           axis_env: Names and sizes of mapped axes that the loss uses, as
@@ -78,32 +88,36 @@ class Layers:
           >>> Layers.of(params).names
           ('Dense_0',)
         """
-        rule = weights if rule is None else rule
-        remedy = "Pass lwsam.weights, modules, leaves, blocks(pattern), or a function."
-        _checks.is_callable("Layers.of", "rule", rule, remedy)
         refuse_unsorted("Layers.of", "params", params)
         if not allow_masked:
             _refuse_masked("Layers.of", params)
+        traced = None
+        if loss_fn is not None:
+            refuse_non_arrays(params)
+            traced = trace(loss_fn, params, args, axis_env)
+        return Layers.of_traced(params, rule, traced)
+
+    @staticmethod
+    def of_traced(params: Any, rule: Rule | None, traced: Traced | None) -> Layers:
+        """Finds the layers of a parameter tree, with the trace of its loss if any."""
+        rule = weights if rule is None else rule
+        remedy = (
+            "Pass lwsam.weights, modules, leaves, blocks(pattern), stacked(pattern), or "
+            "a function."
+        )
+        _checks.is_callable("Layers.of", "rule", rule, remedy)
+        refuse_non_arrays(params)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        _refuse_non_arrays(paths)
-        found = labels(rule, paths)
-        names = tuple(dict.fromkeys(name for name in found if name is not None))
+        met = [Place()] * len(paths) if traced is None else places(traced)
+        axes = stated_axes(rule, paths)
+        if axes is None:
+            axes = [place.axis for place in met]
+        found = labels(rule, paths, axes)
+        names, leaf_layer, stacks = _named(found, paths, axes)
         if not names:
             raise ValueError(_nothing_found(rule, paths))
-        if rule in (weights, leaves):
-            _refuse_shared_names(found, paths)
-        index = {name: i for i, name in enumerate(names)}
-        leaf_layer = tuple(-1 if a is None else index[a] for a in found)
-        first: dict[int, int] = {}
-        if loss_fn is not None:
-            meetings = first_meetings(params, loss_fn, args, axis_env)
-            for at, met in zip(leaf_layer, meetings, strict=True):
-                if met >= 0:
-                    first[at] = min(first.get(at, met), met)
-        keys = [(first.get(i, -1), natural_order(n), i) for i, n in enumerate(names)]
-        by_depth = sorted(range(len(names)), key=keys.__getitem__)
-        depth = tuple(int(r) for r in np.argsort(by_depth))
-        return Layers(names, depth, leaf_layer, treedef)
+        depth = _depth(names, leaf_layer, stacks, met)
+        return Layers(names, depth, leaf_layer, treedef, stacks)
 
     def __len__(self) -> int:
         """Returns the number of layers, L."""
@@ -113,6 +127,11 @@ class Layers:
     def member_leaves(self) -> tuple[int, ...]:
         """The places of the leaves that belong to a layer."""
         return tuple(i for i, layer in enumerate(self.leaf_layer) if layer >= 0)
+
+    def of_leaf(self, place: int) -> range:
+        """Returns the layers that a leaf belongs to: several for a stack."""
+        first, stack = self.leaf_layer[place], self.stacks[place]
+        return range(first, first + (1 if stack is None else stack.length))
 
     def norms(self, grads: Any) -> jax.Array:
         """Returns the L2 norm of each layer's gradient.
@@ -128,12 +147,46 @@ class Layers:
           ValueError: If the structure is not that of the parameters.
         """
         flat = self.flatten("Layers.norms", "grads", grads)
-        grouped = [
-            [g for g, at in zip(flat, self.leaf_layer, strict=True) if at == i]
-            for i in range(len(self))
-        ]
-        dtype = _tree.accumulation_dtype(*(g for group in grouped for g in group))
-        return jnp.stack([_tree.norm(group, dtype) for group in grouped])
+        dtype = _tree.accumulation_dtype(*(flat[i] for i in self.member_leaves))
+        norms = [self.norm(flat, places, dtype) for places in self.groups]
+        if all(x.ndim == 0 for x in norms):
+            return jnp.stack(norms)
+        return jnp.concatenate([jnp.ravel(x) for x in norms])
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The places of the leaves that share a layer, or a stack of layers, in order."""
+        found: dict[int, list[int]] = {}
+        for i in self.member_leaves:
+            found.setdefault(self.leaf_layer[i], []).append(i)
+        return [found[first] for first in sorted(found)]
+
+    def norm(
+        self, flat: Sequence[Any], places: Sequence[int], dtype: Any = None
+    ) -> jax.Array:
+        """Returns the norm over the leaves of a group; of a stack one for each index."""
+        stacks = [self.stacks[i] for i in places]
+        keep = [None if stack is None else stack.axis for stack in stacks]
+        return _tree.norm([flat[i] for i in places], dtype, keep)
+
+    def at_leaf(self, values: Any, place: int) -> Any:
+        """Returns what a leaf has of one value for each layer, to broadcast to it.
+
+        A scalar; for a stack one value for each index, on its axis.
+
+        Args:
+          values: An array [L].
+          place: The place of a leaf that belongs to a layer.
+        """
+        own, stack = self.of_leaf(place), self.stacks[place]
+        if stack is None:
+            return values[own.start]
+        return stack.spread(values[own.start : own.stop])
+
+    def spread(self, x: Any, place: int) -> Any:
+        """Returns the norm of a leaf's group, or what has its shape, to broadcast."""
+        stack = self.stacks[place]
+        return x if stack is None else stack.spread(x)
 
     def selected(self, mask: Any) -> tuple[str, ...]:
         """Returns the names of the layers where the mask is true.
@@ -169,18 +222,80 @@ class Layers:
 
     def indices(self, who: str, names: Sequence[str]) -> tuple[int, ...]:
         """Returns where the names stand, sorted; raises on a name that is not there."""
-        unknown = [name for name in names if name not in self.names]
+        places = {name: i for i, name in enumerate(self.names)}
+        unknown = [name for name in names if name not in places]
         if unknown:
             remedy = f"The layers are: {', '.join(self.names)}."
             raise _checks.value_error(
                 who, "selection", "names of layers", unknown, remedy
             )
-        return tuple(sorted({self.names.index(name) for name in names}))
+        return tuple(sorted({places[name] for name in names}))
 
     def from_depth(self, cut: int) -> tuple[str, ...]:
         """Returns the names of all layers of depth >= cut, in pytree order."""
         pairs = zip(self.names, self.depth, strict=True)
         return tuple(name for name, depth in pairs if depth >= cut)
+
+
+def _named(
+    found: Sequence[str | None],
+    paths: Sequence[tuple[Any, Any]],
+    axes: Sequence[int | None],
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[Stack | None, ...]]:
+    """Returns the names of the layers, and for each leaf its first layer and its stack.
+
+    Raises:
+      ValueError: If two stacks of one name differ in length, or an index of one has the
+        name of another layer.
+    """
+    first: dict[tuple[str, int | None], int] = {}
+    names: dict[str, None] = {}
+    leaf_layer: list[int] = []
+    stacks: list[Stack | None] = []
+    for label, (_, leaf), axis in zip(found, paths, axes, strict=True):
+        if label is None or (axis is not None and leaf.shape[axis] == 0):
+            leaf_layer.append(-1)
+            stacks.append(None)
+            continue
+        stack = None
+        if axis is not None:
+            stack = Stack(axis, leaf.shape[axis], len(leaf.shape))
+        key = (label, stack and stack.length)
+        if key not in first:
+            first[key] = len(names)
+            indices = range(stack.length) if stack else ()
+            own = [f"{label}/{i}" for i in indices] if stack else [label]
+            twice = [name for name in own if name in names]
+            if twice:
+                remedy = "Pass a rule that tells them apart."
+                expected = "a tree whose layers differ in name"
+                got = (
+                    f"two layers named {twice[0]!r}, of stacks or of a stack and a leaf"
+                )
+                raise _checks.value_error("Layers.of", "params", expected, got, remedy)
+            names.update(dict.fromkeys(own))
+        leaf_layer.append(first[key])
+        stacks.append(stack)
+    return tuple(names), tuple(leaf_layer), tuple(stacks)
+
+
+def _depth(
+    names: Sequence[str],
+    leaf_layer: Sequence[int],
+    stacks: Sequence[Stack | None],
+    met: Sequence[Place],
+) -> tuple[int, ...]:
+    """Returns the rank of each layer by where its leaves first meet data."""
+    first: dict[int, tuple[int, int, int]] = {}
+    for at, stack, place in zip(leaf_layer, stacks, met, strict=True):
+        if at >= 0 and place.position >= 0:
+            for i in range(1 if stack is None else stack.length):
+                key = place.key(i, stack)
+                first[at + i] = min(first.get(at + i, key), key)
+    never = (-1, -1, -1)
+    keys = [(first.get(i, never), natural_order(n), i) for i, n in enumerate(names)]
+    by_depth = sorted(range(len(names)), key=keys.__getitem__)
+    return tuple(int(rank) for rank in np.argsort(by_depth))
 
 
 _FILTER = "Equinox models are passed as eqx.filter(model, eqx.is_inexact_array)."
@@ -197,9 +312,9 @@ def refuse_unsorted(who: str, argument: str, tree: Any) -> None:
         raise _checks.value_error(who, argument, expected, got, remedy) from error
 
 
-def _refuse_non_arrays(paths: Sequence[tuple[Any, Any]]) -> None:
+def refuse_non_arrays(params: Any) -> None:
     """Raises on functions and other things that models keep among their arrays."""
-    for path, leaf in paths:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
         if not is_array and not isinstance(leaf, numbers.Number):
             got = f"{leaf!r} at {jax.tree_util.keystr(path)}"
@@ -224,18 +339,6 @@ def _nothing_found(rule: Rule, paths: Sequence[Any]) -> str:
         + _FILTER
     )
     return _checks.message("Layers.of", "params", "a tree with layers", got, remedy)
-
-
-def _refuse_shared_names(labels: Sequence[str | None], paths: Sequence[Any]) -> None:
-    seen: dict[str, str] = {}
-    for label, (path, _) in zip(labels, paths, strict=True):
-        where = jax.tree_util.keystr(path)
-        if label is not None and seen.setdefault(label, where) != where:
-            got = f"{seen[label]} and {where}, which are both named {label!r}"
-            remedy = "Rename one of them, or pass a rule that tells them apart."
-            raise _checks.value_error(
-                "Layers.of", "params", "a tree whose layers differ in name", got, remedy
-            )
 
 
 def _refuse_masked(who: str, tree: Any) -> None:

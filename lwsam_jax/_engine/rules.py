@@ -141,8 +141,116 @@ class blocks:  # a rule, named as the others are
         return module if end < 0 else module[:end]
 
 
-def labels(rule: Rule, paths: Sequence[tuple[Any, Any]]) -> list[str | None]:
-    """Returns the layer of each leaf, or None; raises on what is no name of one."""
+@dataclasses.dataclass(frozen=True)
+class stacked:  # a rule, named as the others are
+    r"""Rule: leaves whose path matches are stacks; each index of one is a layer.
+
+    For blocks that are stacked along an axis and run by `nn.scan`, `nnx.scan` or
+    `jax.lax.scan`, in forms that do not see the loss (`as_optax`, `perturbed`); those
+    that see it find scanned stacks by themselves. Layers are named by the rule of one
+    slice and its index, `blocks/query/3`.
+
+    Attributes:
+      pattern: Regular expression that the path of a leaf, joined by "/", contains.
+      rule: What a layer is in one slice, and among all other leaves; another `stacked`
+        where stacks differ in axis.
+      axis: Axis of the stack; 0 unless a framework was told otherwise (MaxText: 1).
+
+    Examples:
+      >>> import jax.numpy as jnp, lwsam_jax as lwsam
+      >>> block = {"query": jnp.ones((3, 4, 4)), "scale": jnp.ones((3, 4))}
+      >>> params = {"blocks": block, "out": jnp.ones((4, 2))}
+      >>> lwsam.Layers.of(params, lwsam.stacked("^blocks/")).names
+      ('blocks/query/0', 'blocks/query/1', 'blocks/query/2', 'out')
+    """
+
+    pattern: str
+    rule: Rule = weights
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises on what is no regular expression, no rule or no axis."""
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            remedy = f"Python's re says: {error}."
+            expected = "a regular expression"
+            raise _checks.value_error(
+                "stacked", "pattern", expected, repr(self.pattern), remedy
+            ) from None
+        remedy = "Pass lwsam.weights, modules, leaves, blocks(pattern), or a function."
+        _checks.is_callable("stacked", "rule", self.rule, remedy)
+        remedy = "Pass the axis of the stack, 0 for the first."
+        _checks.count("stacked", "axis", self.axis, remedy)
+
+    def __call__(self, path: tuple[Any, ...], leaf: Any) -> str | None:
+        """Returns the name of the leaf in the rule of a slice, without an index."""
+        axis = self.axis_of(path)
+        return self.rule(path, leaf if axis is None else slice_of(leaf, axis))
+
+    def axis_of(self, path: tuple[Any, ...]) -> int | None:
+        """Returns the axis along which a leaf is a stack, or None."""
+        if re.search(self.pattern, _join(_names_of(path))):
+            return self.axis
+        return self.rule.axis_of(path) if isinstance(self.rule, stacked) else None
+
+
+def stated_axes(
+    rule: Rule, paths: Sequence[tuple[Any, Any]]
+) -> list[int | None] | None:
+    """Returns for each leaf the axis of the stack that it is, or None.
+
+    None in place of a list if the rule says nothing of stacks.
+
+    Raises:
+      ValueError: If the rule names a stack that is not there, or a leaf without the axis.
+    """
+    if not isinstance(rule, stacked):
+        return None
+    axes = [rule.axis_of(path) for path, _ in paths]
+    if paths and all(axis is None for axis in axes):
+        there = dict.fromkeys(_join(_names_of(path)) for path, _ in paths)
+        remedy = f"The leaves are: {', '.join(there)}."
+        raise ValueError(_refusal("stacked of a path that is there", rule, remedy))
+    for axis, (path, leaf) in zip(axes, paths, strict=True):
+        if axis is not None and len(jnp.shape(leaf)) <= axis:
+            got = f"{rule}, which matches {_join(_names_of(path))}{[*jnp.shape(leaf)]}"
+            remedy = "Pass a pattern that leaves it out."
+            expected = f"stacked of leaves that have an axis {axis}"
+            raise ValueError(_refusal(expected, got, remedy))
+    return axes
+
+
+def of_slices(rule: Rule) -> Rule:
+    """Returns the rule of one slice."""
+    while isinstance(rule, stacked):
+        rule = rule.rule
+    return rule
+
+
+def slice_of(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of one slice of a stack."""
+    shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
+def labels(
+    rule: Rule, paths: Sequence[tuple[Any, Any]], axes: Sequence[int | None]
+) -> list[str | None]:
+    """Returns the layer of each leaf, or None; raises on what is no name of one.
+
+    Under `weights` and `leaves` two leaves of one name raise as well.
+
+    Args:
+      rule: The rule; it sees one slice of a stack.
+      paths: Path and leaf of each leaf.
+      axes: For each leaf the axis along which it is a stack, or None.
+    """
+    rule = of_slices(rule)
+    paths = [
+        (path, leaf if axis is None else slice_of(leaf, axis))
+        for (path, leaf), axis in zip(paths, axes, strict=True)
+    ]
     found = [rule(path, leaf) for path, leaf in paths]
     for name in found:
         if name is not None and not isinstance(name, str):
@@ -152,10 +260,24 @@ def labels(rule: Rule, paths: Sequence[tuple[Any, Any]]) -> list[str | None]:
         modules_there = dict.fromkeys(_join(_names_of(path)[:-1]) for path, _ in paths)
         remedy = f"The modules are: {', '.join(modules_there)}."
         raise ValueError(_refusal("blocks of a name that is there", rule, remedy))
+    if rule in (weights, leaves):
+        _refuse_shared_names(found, paths)
     if rule is modules or isinstance(rule, blocks):
         owners = {a for a, x in zip(found, paths, strict=True) if weights(*x)}
         return [name if name in owners else None for name in found]
     return found
+
+
+def _refuse_shared_names(found: Sequence[str | None], paths: Sequence[Any]) -> None:
+    seen: dict[str, str] = {}
+    for label, (path, _) in zip(found, paths, strict=True):
+        where = jax.tree_util.keystr(path)
+        if label is not None and seen.setdefault(label, where) != where:
+            got = f"{seen[label]} and {where}, which are both named {label!r}"
+            remedy = "Rename one of them, or pass a rule that tells them apart."
+            raise _checks.value_error(
+                "Layers.of", "params", "a tree whose layers differ in name", got, remedy
+            )
 
 
 def _refusal(expected: str, got: Any, remedy: str) -> str:

@@ -12,9 +12,11 @@ from jax.extend import core
 
 from .. import _checks
 from . import graph
+from .cover import Pieces
 from .cut import Cut, cut
 from .inline import inline, Program
-from .trace import trace
+from .peel import peel
+from .trace import trace, Traced
 
 
 class Split(NamedTuple):
@@ -22,9 +24,9 @@ class Split(NamedTuple):
 
     Attributes:
       prefix: `prefix(rest) -> (residuals, constants)`; `rest` are the parameters that
-        are not selected, `residuals` the values through which they reach the loss, and
-        `constants` whatever else the suffix reads.
-      suffix: `suffix(selected, residuals, constants) -> (value, other outputs)`.
+        are not perturbed, as `Pieces.take` returns them, `residuals` the values through
+        which they reach the loss, and `constants` whatever else the suffix reads.
+      suffix: `suffix(chosen, residuals, constants) -> (value, other outputs)`.
       out_tree: Structure of the loss's whole output; its first leaf is the value.
     """
 
@@ -36,7 +38,10 @@ class Split(NamedTuple):
 
 
 def split_loss(
-    loss: Callable[[Any], Any], params: Any, selected: Sequence[int]
+    loss: Callable[[Any], Any],
+    params: Any,
+    pieces: Pieces,
+    traced: Traced | None = None,
 ) -> Split:
     """Splits a loss at the parameters that are perturbed.
 
@@ -44,17 +49,20 @@ def split_loss(
       loss: `loss(params)`, a scalar or a tree whose first leaf is one; everything else
         is closed over.
       params: Tree of arrays, tracers or `jax.ShapeDtypeStruct`s.
-      selected: Which of its leaves are perturbed, ascending.
+      pieces: Which of its leaves, and ranges of leaves, are perturbed.
+      traced: The loss as it was traced, if it was.
 
     Raises:
       ValueError: If the loss works on mutable Refs.
     """
-    traced = trace(loss, params)
+    traced = trace(loss, params) if traced is None else traced
     program = inline(traced)
     _refuse_refs(program.eqns)
     if _is_searched_for_nan(params):
-        return _whole(loss, params, set(selected), traced.out_tree)
-    parts = _without_dead_residuals(program, cut(program, selected))
+        return _whole(loss, params, pieces, traced.out_tree)
+    eqns, outputs, chosen, rest = peel(program, pieces)
+    program = program._replace(eqns=eqns, outputs=outputs)
+    parts = _without_dead_residuals(program, cut(program, chosen, rest))
     count = len(parts.residuals)
     crossing = [*parts.residuals, *parts.constants]
     inputs = [*parts.rest, *program.consts]
@@ -95,19 +103,18 @@ def _is_searched_for_nan(params: Any) -> bool:
 
 
 def _whole(
-    loss: Callable[[Any], Any], params: Any, selected: set[int], out_tree: Any
+    loss: Callable[[Any], Any], params: Any, pieces: Pieces, out_tree: Any
 ) -> Split:
     """Returns a split with an empty prefix, and the loss itself as the suffix.
 
     Only the loss itself has the lines of the user's file, and knows where a NaN in the
     middle of an operation is meant.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    treedef = jax.tree.structure(params)
 
     def suffix(chosen, residuals, constants):
-        mine, others = iter(chosen), iter(residuals)
-        flat = [next(mine if i in selected else others) for i in range(len(leaves))]
-        output = loss(jax.tree.unflatten(treedef, flat))
+        del constants
+        output = loss(jax.tree.unflatten(treedef, pieces.join(chosen, residuals)))
         value, *rest = graph.arrays(jax.tree.leaves(output))
         return value, rest
 

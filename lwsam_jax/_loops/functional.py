@@ -13,7 +13,7 @@ from .. import _checks
 from .._axes import combine as _combine, shape as _shape
 from .._axes.which import everything
 from .._engine.cover import Cover, static_selection
-from .._engine.layers import Layers, Rule
+from .._engine.layers import Layers, refuse_non_arrays, Rule
 from .._method import Method
 from . import passes as _passes
 from .plan import direction_of, LayerwiseGrad, Plan, remember
@@ -130,9 +130,16 @@ def value_and_grad(
         key: jax.Array | None = None,
         loss_scale: Any = None,
     ) -> LayerwiseGrad:
-        known = Layers.of(params, rule) if layers is None else layers
-        known.flatten(_WHO, "params", params)
-        refuse_integers(_WHO, params)
+        loss = lambda p: loss_fn(p, *args)
+        if layers is None:
+            refuse_non_arrays(params)
+            refuse_integers(_WHO, params)
+            traced = _passes.trace_loss(loss, params, axis_name)
+            known = Layers.of_traced(params, rule, traced)
+        else:
+            traced, known = None, layers
+            known.flatten(_WHO, "params", params)
+            refuse_integers(_WHO, params)
         chosen, is_cover = static_selection(_WHO, selection, known)
         if mask is not None and not is_cover:
             remedy = "A tuple perturbs exactly its layers; pass lwsam.Cover(names)."
@@ -167,12 +174,13 @@ def value_and_grad(
         out, _ = _passes.evaluate(
             plan,
             memory,
-            lambda p: loss_fn(p, *args),
+            loss,
             params,
             ascent_loss=None
             if ascent_args is None
             else lambda p: loss_fn(p, *ascent_args),
             direction=direction,
+            traced=traced,
         )
         return out
 

@@ -6,6 +6,7 @@ made it, the base optimizer's moment or the key of the noise; the factors are ke
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +86,10 @@ def keep(parts: MadeOf, params: Any) -> Any:
     return jax.tree.unflatten(treedef, kept)
 
 
-def count_factors(parts: MadeOf, leaves: list[Any]) -> list[int]:
-    """Returns how many factors each leaf has; one radius for any other shape."""
+def _shapes_of_factors(parts: MadeOf, leaves: list[Any]) -> list[tuple[int, ...]]:
+    """Returns the shape of each leaf's factors; one radius for any other shape."""
     if not hasattr(parts.shape, "factors"):
-        return [1]
+        return [()]
     shapes = jax.eval_shape(
         lambda xs: parts.shape.factors(xs, xs, parts.layers),
         [
@@ -96,7 +97,12 @@ def count_factors(parts: MadeOf, leaves: list[Any]) -> list[int]:
             for at, x in zip(parts.layers.leaf_layer, leaves, strict=True)
         ],
     )
-    return [s.size for s in shapes]
+    return [s.shape for s in shapes]
+
+
+def count_factors(parts: MadeOf, leaves: list[Any]) -> int:
+    """Returns how many factors a state keeps."""
+    return sum(map(math.prod, _shapes_of_factors(parts, leaves)))
 
 
 def _direction(parts: MadeOf, state: PerturbedState, params: Any) -> list[jax.Array]:
@@ -109,8 +115,11 @@ def _perturbed_part(
     parts: MadeOf, state: PerturbedState, along: list[jax.Array]
 ) -> list[jax.Array]:
     """Returns a direction that is 0 where nothing is perturbed."""
-    on = [state.mask[max(at, 0)] & (at >= 0) for at in parts.layers.leaf_layer]
-    return [jnp.where(m, x, 0) for m, x in zip(on, along, strict=True)]
+    layers = parts.layers
+    part = [jnp.zeros_like(x) for x in along]
+    for i in layers.member_leaves:
+        part[i] = jnp.where(layers.at_leaf(state.mask, i), along[i], 0)
+    return part
 
 
 def perturb(
@@ -173,12 +182,12 @@ def _add(
     """Adds a direction (or takes it away) by the factors in the state."""
     leaves, treedef = jax.tree.flatten(params)
     start, moved = 0, []
-    counts = count_factors(parts, leaves)
-    rows = zip(parts.layers.leaf_layer, leaves, along, counts, strict=True)
-    for at, w, x, count in rows:
-        factor = state.factors[start : start + count]
+    shapes = _shapes_of_factors(parts, leaves)
+    rows = zip(parts.layers.leaf_layer, leaves, along, shapes, strict=True)
+    for at, w, x, shape in rows:
+        count = math.prod(shape)
+        factor = state.factors[start : start + count].reshape(shape)
         start += count
-        factor = factor[0] if count == 1 else factor
         moved.append(
             _tree.add_scaled(w, jnp.asarray(sign), factor * x) if at >= 0 else w
         )

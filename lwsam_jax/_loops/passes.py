@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
+from .._engine.cover import Pieces
 from .._engine.loss_scale import narrowed, seed, unscaled, value_and_grad
 from .._engine.run import split_loss
+from .._engine.trace import trace, Traced
 from .moves import (
     combined,
     fall_back,
@@ -31,6 +33,7 @@ from .separate import (
     descend,
     finished,
     Losses,
+    of_suffix,
     paired_gradients,
     three_gradients,
 )
@@ -50,6 +53,7 @@ def evaluate(
     direction: Any = None,
     descent_loss: Callable[[Any, Any], Loss] | None = None,
     losses: Losses | None = None,
+    traced: Traced | None = None,
 ) -> tuple[LayerwiseGrad, Memory]:
     """Evaluates the gradient of a method.
 
@@ -64,6 +68,7 @@ def evaluate(
       descent_loss: `(clean aux, perturbed aux) -> loss` on the examples that the descent
         sees; None: on the whole batch.
       losses: Losses of the passes, where each has its own.
+      traced: What `trace_loss` returned of this loss, if it was called.
 
     Returns:
       The gradient, and what is to be remembered.
@@ -113,7 +118,13 @@ def evaluate(
         known = _on_all(plan, params, ascent, whole)
         plain = lambda: _clean(plan, memory, value, aux, known or (), params)
         return fall_back(plan, (out, after), plain if known else None, params)
-    return _split(plan, memory, loss, params)
+    return _split(plan, memory, loss, params, traced)
+
+
+def trace_loss(loss: Loss, params: Any, axis_name: Any) -> Traced:
+    """Traces a loss as `evaluate` runs it."""
+    params = varying(params, axis_name)
+    return trace(local(loss, params, axis_name), params)
 
 
 def _value_fn(plan: Plan, loss: Loss, params: Any) -> Callable[[Any], jax.Array]:
@@ -223,31 +234,22 @@ def _without_ascent(
 
 
 def _split(
-    plan: Plan, memory: Memory, loss: Loss, params: Any
+    plan: Plan, memory: Memory, loss: Loss, params: Any, traced: Traced | None
 ) -> tuple[LayerwiseGrad, Memory]:
     """Both passes on one batch, which share what no selected leaf reaches."""
     leaves = jax.tree.leaves(params)
-    selected = plan.selected
-    others = [i for i in range(len(leaves)) if i not in set(selected)]
-    weights = [leaves[i] for i in selected]
-    parts = split_loss(loss, params, selected)
-    residuals, pull_rest, constants = jax.vjp(
-        parts.prefix, [leaves[i] for i in others], has_aux=True
-    )
+    pieces = Pieces.of(plan.layers, plan.chosen)
+    weights, others = pieces.take(leaves)
+    parts = split_loss(loss, params, pieces, traced)
+    residuals, pull_rest, constants = jax.vjp(parts.prefix, others, has_aux=True)
 
     def run(weights, residuals, through_residuals):
         if through_residuals:
             inner = lambda w, r: parts.suffix(w, r, constants)
             value, pull, outputs = jax.vjp(inner, weights, residuals, has_aux=True)
             return value, outputs, *pull(seed(value, plan.scale))
-        inner = lambda w: parts.suffix(w, residuals, constants)
-        value, pull, outputs = jax.vjp(inner, weights, has_aux=True)
-        return value, outputs, pull(seed(value, plan.scale))[0], None
-
-    def assemble(of_selected, of_others):
-        flat = dict(zip(selected, of_selected, strict=True))
-        flat.update(zip(others, of_others, strict=True))
-        return [flat[i] for i in range(len(leaves))]
+        found = of_suffix(parts, weights, residuals, constants, plan.scale)
+        return *found, None
 
     axis, scale = plan.axis_name, plan.scale
     whole = None
@@ -256,25 +258,26 @@ def _split(
     if wants_all:
         both = mean((ascent, pull_rest(residual_grads)[0]), axis)
         ascent, rest = unscaled(both, scale)
-        whole = assemble(ascent, rest)
+        whole = pieces.join(ascent, rest)
     else:
         ascent = unscaled(mean(ascent, axis), scale)
+    ascent = pieces.widen(ascent)
 
     def finish():
         there = climb(plan, memory, params, ascent, whole)
-        moved = jax.tree.leaves(there.params)
+        weights, _ = pieces.take(jax.tree.leaves(there.params))
         stops = plan.combine.freezes
         perturbed_value, perturbed, descent, residual_grads = run(
-            [moved[i] for i in selected], residuals, not stops
+            weights, residuals, not stops
         )
         if stops:
-            rest = [jnp.zeros_like(leaves[i]) for i in others]
+            rest = [jnp.zeros_like(x) for x in others]
         else:
             (rest,) = pull_rest(residual_grads)
         perturbed_value, descent, rest = mean((perturbed_value, descent, rest), axis)
         outputs = clean if plan.aux_from == "clean" else perturbed
         _, aux = jax.tree.unflatten(parts.out_tree, [value, *outputs])
-        found = assemble(*unscaled((descent, rest), scale))
+        found = pieces.join(*unscaled((descent, rest), scale))
         return finished(
             there, value, aux, perturbed_value, value, whole or ascent, found
         )

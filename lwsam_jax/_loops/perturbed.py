@@ -119,7 +119,7 @@ def perturbed(
             base=inner,
             ascent=() if is_plain else ascent.init(params, inner),
             shape=first_of_shape(shape, params),
-            factors=jnp.zeros((sum(held.count_factors(parts, leaves)),), dtype),
+            factors=jnp.zeros((held.count_factors(parts, leaves),), dtype),
             # Copies: a loop may donate its parameters and this state together.
             kept=jax.tree.map(jnp.copy, held.keep(parts, params)),
             seed=jnp.asarray(seed),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _tree
 from .._axes.combine import Combine
@@ -90,15 +91,27 @@ class Plan(NamedTuple):
     @property
     def selected(self) -> list[int]:
         """The places of the leaves that the step is compiled for."""
-        chosen = set(self.chosen)
-        return [i for i, at in enumerate(self.layers.leaf_layer) if at in chosen]
+        chosen, layers = set(self.chosen), self.layers
+        is_any = lambda place: any(at in chosen for at in layers.of_leaf(place))
+        return [i for i in layers.member_leaves if is_any(i)]
 
     @property
     def active(self) -> list[Any]:
-        """For each of them bool[], or None: always."""
-        if self.mask is None:
-            return [None] * len(self.selected)
-        return [self.mask[self.layers.leaf_layer[i]] for i in self.selected]
+        """For each of them where it is perturbed: bool[], or None: everywhere, always.
+
+        For a stack one bool for each index, which broadcasts to the leaf.
+        """
+        chosen, layers, mask = set(self.chosen), self.layers, self.mask
+        compiled = np.array([i in chosen for i in range(len(layers))])
+        # A cover may hold a part of a stack, and the mask more than that.
+        within = compiled if mask is None else compiled & mask
+
+        def where(place):
+            if not all(at in chosen for at in layers.of_leaf(place)):
+                return layers.at_leaf(within, place)
+            return None if mask is None else layers.at_leaf(mask, place)
+
+        return [where(i) for i in self.selected]
 
     @property
     def bits(self) -> jax.Array:

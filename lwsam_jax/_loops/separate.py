@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import _checks, _tree
+from .._engine.cover import Pieces
 from .._engine.loss_scale import narrowed, seed, unscaled, value_and_grad
+from .._engine.run import Split, split_loss
 from .moves import (
     combined,
     move,
@@ -80,12 +82,27 @@ def climb(plan: Plan, memory: Memory, params: Any, direction: Any, whole: Any) -
     return Climb(plan, after, moved, settled(norm, plan.axis_name))
 
 
+def of_suffix(
+    parts: Split,
+    weights: list[Any],
+    residuals: list[Any],
+    constants: list[Any],
+    scale: Any,
+) -> tuple[jax.Array, list[Any], list[Any]]:
+    """Returns value, other outputs, and the gradient of the perturbed pieces."""
+    inner = lambda w: parts.suffix(w, residuals, constants)
+    value, pull, outputs = jax.vjp(inner, weights, has_aux=True)
+    return value, outputs, pull(seed(value, scale))[0]
+
+
 def ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
     """Returns value, aux, and the gradients of the selected, and of all leaves."""
     wants_all = reads_all(plan, params)
-    count = len(jax.tree.leaves(params))
-    places = list(range(count)) if wants_all else plan.selected
-    (value, aux), grads = _gradient_of_some(plan, loss, params, places)
+    if wants_all:
+        (value, aux), grads = value_and_grad(loss, params, plan.scale)
+        grads = jax.tree.leaves(grads)
+    else:
+        (value, aux), grads = _gradient_of_selected(plan, loss, params)
     value, grads = mean((value, grads), plan.axis_name)
     grads = unscaled(grads, plan.scale)
     if wants_all:
@@ -93,19 +110,28 @@ def ascend(plan: Plan, loss: Loss, params: Any) -> tuple[Any, Any, Any, Any]:
     return value, aux, grads, None
 
 
-def _gradient_of_some(
-    plan: Plan, loss: Loss, params: Any, places: Sequence[int]
-) -> Any:
-    """Returns ((value, aux), gradients of the leaves at some places), with the scale."""
+def _gradient_of_selected(plan: Plan, loss: Loss, params: Any) -> Any:
+    """Returns ((value, aux), gradients of the leaves that move), with the scale.
+
+    Of a stack that is not perturbed as a whole it may be 0 for the other indices.
+    """
     leaves, treedef = jax.tree.flatten(params)
+    pieces = Pieces.of(plan.layers, plan.chosen)
+    if pieces.ranges:  # JAX by itself stops within no scan
+        weights, others = pieces.take(leaves)
+        parts = split_loss(loss, params, pieces)
+        found = of_suffix(parts, weights, *parts.prefix(others), plan.scale)
+        value, outputs, grads = found
+        _, aux = jax.tree.unflatten(parts.out_tree, [value, *outputs])
+        return (value, aux), pieces.widen(grads)
 
     def of_some(some):
         now = list(leaves)
-        for i, leaf in zip(places, some, strict=True):
+        for i, leaf in zip(plan.selected, some, strict=True):
             now[i] = leaf
         return loss(jax.tree.unflatten(treedef, now))
 
-    some = [leaves[i] for i in places]
+    some = [leaves[i] for i in plan.selected]
     return value_and_grad(of_some, some, plan.scale)
 
 
@@ -113,7 +139,7 @@ def descent_of(plan: Plan, loss: Loss, moved: Any) -> Any:
     """Returns ((value, aux), gradient); 0 for what stands still in the step."""
     if not plan.combine.freezes:
         return value_and_grad(loss, moved, plan.scale)
-    out, some = _gradient_of_some(plan, loss, moved, plan.selected)
+    out, some = _gradient_of_selected(plan, loss, moved)
     leaves, treedef = jax.tree.flatten(moved)
     given = dict(zip(plan.selected, some, strict=True))
     grads = [given.get(i, jnp.zeros_like(x)) for i, x in enumerate(leaves)]

@@ -131,7 +131,7 @@ def sharpness(
     remedy = "Pass the loss, loss_fn(params, batch, *args) -> scalar."
     _checks.is_callable(_WHO, "loss_fn", loss_fn, remedy)
     refuse_integers(_WHO, params)
-    layers = Layers.of(params, rule)
+    layers = Layers.of(params, rule, loss_fn, batch, *args)
     moment = None if opt_state is None else first_moment(opt_state, params)
     if opt_state is not None and moment is None:
         remedy = "Pass that of an optimizer with a momentum, or leave it out."
@@ -221,8 +221,10 @@ def _measure(
 def _layer_of_elements(layers: Layers, params: Any) -> jax.Array:
     """Returns int32[n], to which layer each element belongs, or -1."""
     leaves, treedef = jax.tree.flatten(params)
-    places = zip(leaves, layers.leaf_layer, strict=True)
-    own = [jnp.full(x.shape, at, jnp.int32) for x, at in places]
+    numbers = jnp.arange(len(layers), dtype=jnp.int32)
+    own = [jnp.full(x.shape, -1, jnp.int32) for x in leaves]
+    for i in layers.member_leaves:
+        own[i] = jnp.broadcast_to(layers.at_leaf(numbers, i), own[i].shape)
     return ravel_pytree(jax.tree.unflatten(treedef, own))[0]
 
 

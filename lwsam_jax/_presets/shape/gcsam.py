@@ -20,10 +20,23 @@ def centered(over: str = "inputs") -> optax.GradientTransformation:
 
     Args:
       over: `"inputs"`: the mean is that of each output, the last axis, over the other
-        axes; leaves of rank below 2 stay. `"tensor"`: one mean for each leaf.
+        axes; leaves of rank below 2 stay. `"tensor"`: one mean for each leaf. As a
+        shape it is that of each index of a stack of layers.
     """
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(lambda x: _centered(x, over), updates)
+
+    def update(updates, state, params=None, *, layers=None, **extra):
+        del params, extra
+        leaves, treedef = jax.tree.flatten(updates)
+        stacks = [None] * len(leaves) if layers is None else layers.stacks
+        own = lambda x: _centered(x, over)
+        found = [
+            own(x) if stack is None else jax.vmap(own, stack.axis, stack.axis)(x)
+            for x, stack in zip(leaves, stacks, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, found), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update
     )
 
 

@@ -12,7 +12,7 @@ import optax
 
 from ... import _checks, _tree
 from ..._axes import shape, which
-from ..._engine.rules import leaves
+from ..._engine.rules import leaves, slice_of
 from ..._method import Method
 from ..preset import preset
 
@@ -88,8 +88,8 @@ def _by_role(
                 expected = 'a function to "input", "hidden" or "output"'
                 raise _checks.value_error(_WHO, "role", expected, repr(x), remedy)
         return [
-            jnp.asarray(width ** _exponent(x, leaf.ndim), _real(leaf))
-            for x, leaf in zip(roles, found, strict=True)
+            jnp.asarray(width ** _exponent(x, len(_dims(leaf, stack))), _real(leaf))
+            for x, leaf, stack in zip(roles, found, layers.stacks, strict=True)
         ]
 
     return shape.LeafFactors(factors)
@@ -103,14 +103,26 @@ def _exponent(role: str, rank: int) -> float:
 
 def _by_leaf() -> optax.GradientTransformationExtraArgs:
     def factors(found, params, layers):
-        del params, layers
+        del params
         return [
-            jnp.asarray(_spectral(x.shape), _real(x))
-            * _tree.reciprocal(_tree.norm([x])).astype(_real(x))
-            for x in found
+            jnp.asarray(_spectral(_dims(x, stack)), _real(x))
+            * _tree.reciprocal(_norm(x, stack)).astype(_real(x))
+            for x, stack in zip(found, layers.stacks, strict=True)
         ]
 
     return shape.LeafFactors(factors)
+
+
+def _dims(leaf: jax.Array, stack: Any) -> tuple[int, ...]:
+    """Returns the shape of a leaf, of a stack that of one index."""
+    return leaf.shape if stack is None else slice_of(leaf, stack.axis).shape
+
+
+def _norm(leaf: jax.Array, stack: Any) -> jax.Array:
+    """Returns the norm of a leaf, of a stack that of each index, to broadcast to it."""
+    if stack is None:
+        return _tree.norm([leaf])
+    return stack.spread(_tree.norm([leaf], keep=[stack.axis]))
 
 
 def _spectral(dims: tuple[int, ...]) -> float:
