@@ -131,7 +131,7 @@ def sharpness(
     remedy = "Pass the loss, loss_fn(params, batch, *args) -> scalar."
     _checks.is_callable(_WHO, "loss_fn", loss_fn, remedy)
     refuse_integers(_WHO, params)
-    layers = Layers.of(params, rule, loss_fn, batch, *args)
+    Layers.of(params, rule)  # refuses what is no parameter before it is traced
     moment = None if opt_state is None else first_moment(opt_state, params)
     if opt_state is not None and moment is None:
         remedy = "Pass that of an optimizer with a momentum, or leave it out."
@@ -150,6 +150,7 @@ def sharpness(
         )
     groups = _in_groups(batch, m)
     loss_fn = scalar_loss(_WHO, "loss_fn", loss_fn, has_aux=False)
+    layers = Layers.of(params, rule, loss_fn, batch, *args)
     measure = functools.partial(
         _measure,
         loss_fn,
