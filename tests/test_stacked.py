@@ -167,6 +167,7 @@ SHAPES = {
     "centered": lwsam.gcsam(0.1).shape,
     "muP": lwsam.mup_perturbation(0.1, 2.0, per="layer").shape,
     "muP by role": lwsam.mup_perturbation(0.1, 2.0, role=lambda name: "output").shape,
+    "proportional": lwsam.proportional(of="rms"),
     "trace": optax.chain(optax.trace(0.5), lwsam.relative()),
 }
 EVERY = {"stacked": lwsam.stacked("^blocks/", lwsam.leaves), "twin": lwsam.leaves}

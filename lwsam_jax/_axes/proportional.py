@@ -56,13 +56,18 @@ def proportional(
 def _of_filters(
     leaves: list[Any], params: list[Any], layers: Any, is_mean: bool
 ) -> list[jax.Array]:
-    del layers
-    pairs = zip(leaves, params, strict=True)
-    return [size_of_filters(w, x, is_mean) for x, w in pairs]
+    stacks = [None] * len(leaves) if layers is None else layers.stacks
+    rows = zip(leaves, params, stacks, strict=True)
+    return [size_of_filters(w, x, is_mean, stack) for x, w, stack in rows]
 
 
-def size_of_filters(w: jax.Array, x: jax.Array, is_mean: bool) -> jax.Array:
-    """Returns the norm, or the root mean square, of each filter, as a factor of x."""
-    size = norm_of_slices(w)
-    count = math.prod(jnp.shape(w)[:-1]) if jnp.ndim(w) > 1 else jnp.size(w)
+def size_of_filters(
+    w: jax.Array, x: jax.Array, is_mean: bool, stack: Any = None
+) -> jax.Array:
+    """Returns the norm, or the root mean square, of each filter, as a factor of x.
+
+    Of a stack of layers the same for each index.
+    """
+    size = norm_of_slices(w, stack)
+    count = jnp.size(w) // max(jnp.size(size), 1)
     return like(size / math.sqrt(max(count, 1)) if is_mean else size, x)

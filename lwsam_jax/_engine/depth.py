@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from jax.extend import core
 
 from . import graph
 from .inline import inline, Program
+from .rules import natural_order
 from .stacks import Scan, Stack, Views
 from .trace import Traced
 
@@ -49,6 +51,25 @@ def places(traced: Traced) -> list[Place]:
             axis, inside, reverse = scanned[0]
             found[leaf] = Place(found[leaf].position, axis, inside, reverse)
     return found
+
+
+def ranks(
+    names: Sequence[str],
+    leaf_layer: Sequence[int],
+    stacks: Sequence[Stack | None],
+    met: Sequence[Place],
+) -> tuple[int, ...]:
+    """Returns the rank of each layer by where its leaves first meet data."""
+    first: dict[int, tuple[int, int, int]] = {}
+    for at, stack, place in zip(leaf_layer, stacks, met, strict=True):
+        if at >= 0 and place.position >= 0:
+            for i in range(1 if stack is None else stack.length):
+                key = place.key(i, stack)
+                first[at + i] = min(first.get(at + i, key), key)
+    never = (-1, -1, -1)
+    keys = [(first.get(i, never), natural_order(n), i) for i, n in enumerate(names)]
+    by_depth = sorted(range(len(names)), key=keys.__getitem__)
+    return tuple(int(rank) for rank in np.argsort(by_depth))
 
 
 def _first_meetings(

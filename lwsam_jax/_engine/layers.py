@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks, _tree
-from .depth import Place, places
-from .rules import labels, natural_order, Rule, stated_axes, weights
+from .depth import Place, places, ranks
+from .rules import labels, Rule, stated_axes, weights
 from .stacks import Stack
 from .trace import AxisEnv, trace, Traced
 
@@ -116,7 +116,7 @@ class Layers:
         names, leaf_layer, stacks = _named(found, paths, axes)
         if not names:
             raise ValueError(_nothing_found(rule, paths))
-        depth = _depth(names, leaf_layer, stacks, met)
+        depth = ranks(names, leaf_layer, stacks, met)
         return Layers(names, depth, leaf_layer, treedef, stacks)
 
     def __len__(self) -> int:
@@ -277,25 +277,6 @@ def _named(
         leaf_layer.append(first[key])
         stacks.append(stack)
     return tuple(names), tuple(leaf_layer), tuple(stacks)
-
-
-def _depth(
-    names: Sequence[str],
-    leaf_layer: Sequence[int],
-    stacks: Sequence[Stack | None],
-    met: Sequence[Place],
-) -> tuple[int, ...]:
-    """Returns the rank of each layer by where its leaves first meet data."""
-    first: dict[int, tuple[int, int, int]] = {}
-    for at, stack, place in zip(leaf_layer, stacks, met, strict=True):
-        if at >= 0 and place.position >= 0:
-            for i in range(1 if stack is None else stack.length):
-                key = place.key(i, stack)
-                first[at + i] = min(first.get(at + i, key), key)
-    never = (-1, -1, -1)
-    keys = [(first.get(i, never), natural_order(n), i) for i, n in enumerate(names)]
-    by_depth = sorted(range(len(names)), key=keys.__getitem__)
-    return tuple(int(rank) for rank in np.argsort(by_depth))
 
 
 _FILTER = "Equinox models are passed as eqx.filter(model, eqx.is_inexact_array)."

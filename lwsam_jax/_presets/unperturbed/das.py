@@ -123,15 +123,18 @@ def das(
 def _scaled(layers: Layers, params: Any, grads: Any, step: Any) -> Any:
     """Returns the parameters with the cores of each layer scaled."""
     leaves, treedef = jax.tree.flatten(params)
-    of_grads = [_tree.square_norm(g) for g in layers.flatten(_WHO, "updates", grads)]
-    for layer in range(len(layers)):
-        places = [i for i, at in enumerate(layers.leaf_layer) if at == layer]
+    axes = [None if stack is None else stack.axis for stack in layers.stacks]
+    flat = layers.flatten(_WHO, "updates", grads)
+    of_grads = [_tree.square_norm(g, a) for g, a in zip(flat, axes, strict=True)]
+    for places in layers.groups:
         if len(places) < 2:
             continue
         total = sum(of_grads[i] for i in places)
         for i in places:
-            size = _tree.square_norm(leaves[i]) * _tree.root(jnp.asarray(total))
+            size = _tree.square_norm(leaves[i], axes[i]) * _tree.root(
+                jnp.asarray(total)
+            )
             gap = of_grads[i] - total / len(places)
-            factor = jnp.asarray(step) * gap / (size + _GUARD)
+            factor = layers.spread(jnp.asarray(step) * gap / (size + _GUARD), i)
             leaves[i] = _tree.add_scaled(leaves[i], factor, leaves[i])
     return jax.tree.unflatten(treedef, leaves)
