@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -89,20 +90,35 @@ def _first_meetings(
     return first
 
 
-def _scanned(program: Program) -> dict[int, list[tuple[int, int, bool]]]:
-    """Returns for each leaf that is scanned axis, place inside and direction."""
-    found: dict[int, list[tuple[int, int, bool]]] = {}
-    sources = {v: i for i, v in enumerate(program.params)}
-    views = Views(program.eqns)
-    for scan in _scans(program.eqns):
-        leaves = [views.leaves(atom, 0, sources) for atom in scan.slices]
-        if not any(leaves):
-            continue
-        first = _inside(scan, [bool(own) for own in leaves])
-        reverse = bool(scan.eqn.params["reverse"])
-        for own, at in zip(leaves, first, strict=True):
-            for v, axis in own.items():
-                found.setdefault(sources[v], []).append((axis, at, reverse))
+_Scanned = tuple[int, int, bool]  # axis, place inside, and whether it is reversed
+
+
+def _scanned(program: Program) -> dict[int, list[_Scanned]]:
+    """Returns how each leaf is scanned that is; also within scans that all see it."""
+    found: dict[int, list[_Scanned]] = {}
+
+    def walk(eqns, sources):
+        """`sources` returns for a variable from outside and an axis leaves and axes."""
+        views = Views(eqns)
+
+        def leaves_of(atom, axis):
+            among = views.leaves(atom, axis, sources)
+            return [pair for v, at in among.items() for pair in sources[v](at)]
+
+        for scan in _scans(eqns):
+            leaves = [leaves_of(atom, 0) for atom in scan.slices]
+            body = inline(Traced(scan.eqn.params["jaxpr"], 0, None), every_call=True)
+            if any(leaves):
+                first = _inside(scan, body, [bool(own) for own in leaves])
+                reverse = bool(scan.eqn.params["reverse"])
+                for own, at in zip(leaves, first, strict=True):
+                    for leaf, axis in own:
+                        found.setdefault(leaf, []).append((axis, at, reverse))
+            consts = zip(body.inputs, scan.eqn.invars[: scan.consts], strict=False)
+            walk(body.eqns, {v: functools.partial(leaves_of, a) for v, a in consts})
+
+    of_leaf = lambda i: lambda axis: [(i, axis)]
+    walk(program.eqns, {v: of_leaf(i) for i, v in enumerate(program.params)})
     return found
 
 
@@ -110,9 +126,8 @@ def _scans(eqns: Iterable[core.JaxprEqn]) -> list[Scan]:
     return [scan for scan in map(Scan.of, eqns) if scan is not None]
 
 
-def _inside(scan: Scan, is_parameter: Sequence[bool]) -> list[int]:
+def _inside(scan: Scan, body: Program, is_parameter: Sequence[bool]) -> list[int]:
     """Returns for each input that is sliced where in the body it first meets data."""
-    body = inline(Traced(scan.eqn.params["jaxpr"], 0, None), every_call=True)
     carries = body.inputs[scan.consts : scan.consts + scan.carries]
     slices = body.inputs[scan.consts + scan.carries :]
     pairs = list(zip(slices, is_parameter, strict=True))

@@ -82,7 +82,7 @@ class _Peeling:
         scan = Scan.of(eqn)
         turn = math.inf if scan is None else self._turn(scan)
         start = len(self.eqns)
-        if scan is None or turn is math.inf:
+        if scan is None or math.isinf(turn):
             self.eqns.append(eqn.replace(invars=list(map(self._read, eqn.invars))))
         else:
             self._peel(scan, int(turn))
@@ -159,14 +159,10 @@ class _Peeling:
                 index = scan.order[turn]
                 carry, slices = self._run_one(scan, consts, carry, index)
                 outputs.append((index, slices))
-        carried, sliced = (
-            scan.eqn.outvars[: scan.carries],
-            scan.eqn.outvars[scan.carries :],
-        )
-        self._now.update(zip(carried, carry, strict=True))
+        self._now.update(zip(scan.eqn.outvars[: scan.carries], carry, strict=True))
         outputs.sort(key=lambda pair: pair[0])
-        for i, v in enumerate(sliced):
-            join = lambda *xs: jax.lax.concatenate(xs, 0)
+        join = lambda *xs: jax.lax.concatenate(xs, 0)
+        for i, v in enumerate(scan.eqn.outvars[scan.carries :]):
             self._now[v] = self._emit(join, *(slices[i] for _, slices in outputs))
 
     def _run(
