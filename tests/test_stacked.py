@@ -50,8 +50,12 @@ def test_names_go_leaf_by_leaf_and_by_index():
         "embed",
         "head",
     )
-    assert layers.selected(layers.depth == np.max(layers.depth))
-    assert sorted(layers.depth) == list(range(len(layers)))
+    # Depth, without a loss, goes from block to block.
+    assert [layers.names[i] for i in np.argsort(layers.depth)] == [
+        *(f"blocks/{n}/{i}" for i in (0, 1) for n in ("key", "out", "query", "value")),
+        "embed",
+        "head",
+    ]
 
 
 def test_the_rule_of_a_slice_decides():

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from . import graph
 from .inline import inline, Program
-from .rules import natural_order
+from .rules import natural_order, sort_name
 from .stacks import Scan, Stack, Views
 from .trace import Traced
 
@@ -59,16 +59,23 @@ def ranks(
     leaf_layer: Sequence[int],
     stacks: Sequence[Stack | None],
     met: Sequence[Place],
+    stems: Sequence[str],
 ) -> tuple[int, ...]:
-    """Returns the rank of each layer by where its leaves first meet data."""
+    """Returns the rank of each layer by where its leaves first meet data.
+
+    Where that is not known, by its name; of a stack from index to index.
+    """
     first: dict[int, tuple[int, int, int]] = {}
-    for at, stack, place in zip(leaf_layer, stacks, met, strict=True):
-        if at >= 0 and place.position >= 0:
-            for i in range(1 if stack is None else stack.length):
+    order = list(names)
+    for at, stack, place, stem in zip(leaf_layer, stacks, met, stems, strict=True):
+        for i in range(stack.length if stack else at >= 0):
+            if stack is not None:
+                order[at + i] = sort_name(names[at + i], stem)
+            if place.position >= 0:
                 key = place.key(i, stack)
                 first[at + i] = min(first.get(at + i, key), key)
     never = (-1, -1, -1)
-    keys = [(first.get(i, never), natural_order(n), i) for i, n in enumerate(names)]
+    keys = [(first.get(i, never), natural_order(n), i) for i, n in enumerate(order)]
     by_depth = sorted(range(len(names)), key=keys.__getitem__)
     return tuple(int(rank) for rank in np.argsort(by_depth))
 

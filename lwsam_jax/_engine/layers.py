@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import _checks, _tree
 from .depth import Place, places, ranks
-from .rules import labels, Rule, stated_axes, weights
+from .rules import labels, Rule, stacked, stated_axes, weights
 from .stacks import Stack
 from .trace import AxisEnv, trace, Traced
 
@@ -54,7 +54,7 @@ class Layers:
         that takes both a value depending on the layer and a value depending on a
         non-parameter input; tied weights count at their earliest, layers that never
         meet data come first. Without a loss it is the natural order of the names
-        ("Block_2" before "Block_10").
+        ("Block_2" before "Block_10"), of stacks from index to index.
 
         A leaf that the loss scans (`jax.lax.scan`, `nn.scan`, `nnx.scan`), itself or a
         cast of it, is a stack: each index is a layer, `blocks/query/3`, which the scan
@@ -116,7 +116,8 @@ class Layers:
         names, leaf_layer, stacks = _named(found, paths, axes)
         if not names:
             raise ValueError(_nothing_found(rule, paths))
-        depth = ranks(names, leaf_layer, stacks, met)
+        stems = [rule.stem(p) if isinstance(rule, stacked) else "" for p, _ in paths]
+        depth = ranks(names, leaf_layer, stacks, met, stems)
         return Layers(names, depth, leaf_layer, treedef, stacks)
 
     def __len__(self) -> int:

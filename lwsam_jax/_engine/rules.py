@@ -190,9 +190,20 @@ class stacked:  # a rule, named as the others are
 
     def axis_of(self, path: tuple[Any, ...]) -> int | None:
         """Returns the axis along which a leaf is a stack, or None."""
-        if re.search(self.pattern, _join(_names_of(path))):
-            return self.axis
-        return self.rule.axis_of(path) if isinstance(self.rule, stacked) else None
+        found = self._match(path)
+        return None if found is None else found[0]
+
+    def stem(self, path: tuple[Any, ...]) -> str:
+        """Returns the path of a leaf to where its pattern ends; empty without a stack."""
+        found = self._match(path)
+        return "" if found is None else found[1].rstrip("/")
+
+    def _match(self, path: tuple[Any, ...]) -> tuple[int, str] | None:
+        whole = _join(_names_of(path))
+        found = re.search(self.pattern, whole)
+        if found is not None:
+            return self.axis, whole[: found.end()]
+        return self.rule._match(path) if isinstance(self.rule, stacked) else None
 
 
 def stated_axes(
@@ -282,6 +293,13 @@ def _refuse_shared_names(found: Sequence[str | None], paths: Sequence[Any]) -> N
 
 def _refusal(expected: str, got: Any, remedy: str) -> str:
     return _checks.message("Layers.of", "rule", expected, got, remedy)
+
+
+def sort_name(name: str, stem: str) -> str:
+    """Returns "blocks/3/query" of the layer "blocks/query/3" of the stacks "blocks"."""
+    label, _, index = name.rpartition("/")
+    inside = label.startswith(stem)
+    return f"{stem}/{index}{label[len(stem) :]}" if stem and inside else name
 
 
 def natural_order(name: str) -> tuple[Any, ...]:
