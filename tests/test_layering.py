@@ -35,8 +35,8 @@ HOUSE = (
 )
 FOLDERS = {
     "_engine": (
-        ("__init__", "graph", "loss_scale", "rules", "trace"),
-        ("inline", "stacks"),
+        ("__init__", "graph", "loss_scale", "rules"),
+        ("stacks", "trace"),
         ("flops",),
         ("cut", "depth"),
         ("layers",),

@@ -8,8 +8,7 @@ import lwsam_jax as lwsam
 import nets
 from lwsam_jax._engine.cut import cut, divide
 from lwsam_jax._engine.graph import REMAT
-from lwsam_jax._engine.inline import inline
-from lwsam_jax._engine.trace import trace
+from lwsam_jax._engine.trace import inline, trace
 from plain import assert_close, two_gradients
 
 

@@ -1,1 +1,1 @@
-"""The traced loss: trace, inline, cut, run; layers, depth, cost."""
+"""The traced loss: trace, peel, cut, run; layers, stacks, depth, cost."""

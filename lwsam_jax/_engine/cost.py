@@ -17,11 +17,10 @@ from .. import _checks
 from .cover import Cover, static_selection
 from .cut import large_remats
 from .flops import Unrolled, Work, works
-from .inline import inline
 from .layers import Layers
 from .rules import Rule
 from .stacks import Sliced
-from .trace import AxisEnv, trace
+from .trace import AxisEnv, inline, trace
 
 
 _WHO = "lwsam.step_cost"

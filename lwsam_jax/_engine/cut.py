@@ -14,7 +14,7 @@ from jax.extend import core
 
 from . import graph
 from .graph import is_var
-from .inline import inline_body, Program
+from .trace import inline_body, Program
 
 
 class Cut(NamedTuple):

@@ -10,10 +10,9 @@ import numpy as np
 from jax.extend import core
 
 from . import graph
-from .inline import inline, Program
 from .rules import natural_order, sort_name
 from .stacks import Scan, Stack, Views
-from .trace import Traced
+from .trace import inline, Program, Traced
 
 
 class Place(NamedTuple):

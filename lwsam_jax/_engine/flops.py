@@ -17,9 +17,8 @@ from jax.extend import core
 
 from . import graph
 from .graph import is_var
-from .inline import inline
 from .stacks import Scan, Sliced, Views
-from .trace import Traced
+from .trace import inline, Traced
 
 
 _MOVES = frozenset(

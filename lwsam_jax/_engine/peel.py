@@ -16,8 +16,8 @@ from jax.extend import core
 from . import graph
 from .cover import Pieces, Range
 from .graph import is_var
-from .inline import inline_call, Program
 from .stacks import Scan, Views
+from .trace import inline_call, Program
 
 
 def peel(

@@ -14,9 +14,8 @@ from .. import _checks
 from . import graph
 from .cover import Pieces
 from .cut import Cut, cut
-from .inline import inline, Program
 from .peel import peel
-from .trace import trace, Traced
+from .trace import inline, Program, trace, Traced
 
 
 class Split(NamedTuple):

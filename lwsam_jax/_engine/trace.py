@@ -1,4 +1,7 @@
-"""A loss traced once: from a function of trees to a jaxpr."""
+"""A loss traced once: from a function of trees to a jaxpr, and to a flat list.
+
+Nested `jit`s only group equations, so they are inlined.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+
+from .graph import CALLS, is_var
 
 
 AxisEnv = Sequence[tuple[Any, int]] | None
@@ -58,3 +63,116 @@ def trace(
     arrays = [x for x, a in zip(rest, is_array, strict=True) if a]
     closed = jax.make_jaxpr(flat, axis_env=axis_env)(*leaves, *arrays)
     return Traced(closed, len(leaves), structure[-1])
+
+
+class Program(NamedTuple):
+    """The equations of a function of parameters and other arguments.
+
+    Attributes:
+      eqns: Equations in execution order; no two define the same variable.
+      params: One variable for each leaf of the parameters.
+      inputs: One variable for each array among the other arguments.
+      consts: Values of the arrays that the function closed over.
+      outputs: One atom for each leaf of the output.
+      debug_info: What JAX's messages say about the function.
+    """
+
+    eqns: list[core.JaxprEqn]
+    params: list[core.Var]
+    inputs: list[core.Var]
+    consts: dict[core.Var, Any]
+    outputs: list[Any]
+    debug_info: Any
+
+
+def inline(traced: Traced, every_call: bool = False) -> Program:
+    """Inlines the nested `jit`s of a traced function.
+
+    Args:
+      traced: The function.
+      every_call: Inline every kind of call, also those that mean something to JAX's
+        transformations (remat, custom derivatives, shardings). For reading only.
+    """
+    jaxpr = traced.closed.jaxpr
+    consts = dict(zip(jaxpr.constvars, traced.closed.consts, strict=True))
+    eqns: list[core.JaxprEqn] = []
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    outputs = _inline(jaxpr, inputs, consts, eqns, every_call)
+    params, rest = jaxpr.invars[: traced.params], jaxpr.invars[traced.params :]
+    return Program(eqns, params, rest, consts, outputs, jaxpr.debug_info)
+
+
+def inline_body(jaxpr: core.Jaxpr) -> tuple[list[core.JaxprEqn], list[Any]]:
+    """Returns the equations and outputs of an open jaxpr, with plain jits inlined.
+
+    Where an inner jit carries constants of its own, the equations are left as they are.
+    """
+    consts: dict[core.Var, Any] = {}
+    eqns: list[core.JaxprEqn] = []
+    outputs = _inline(jaxpr, jaxpr.invars, consts, eqns, False)
+    return (list(jaxpr.eqns), list(jaxpr.outvars)) if consts else (eqns, outputs)
+
+
+def inline_call(
+    closed: core.ClosedJaxpr, atoms: Sequence[Any], consts: dict[core.Var, Any]
+) -> tuple[list[core.JaxprEqn], list[Any]]:
+    """Returns the equations and outputs of a function applied to atoms.
+
+    Arrays that it closed over become variables, which are added to `consts`.
+    """
+    fresh = [core.Var(v.aval) for v in closed.jaxpr.constvars]
+    consts.update(zip(fresh, closed.consts, strict=True))
+    eqns: list[core.JaxprEqn] = []
+    outputs = _inline(closed.jaxpr, [*fresh, *atoms], consts, eqns, False)
+    return eqns, outputs
+
+
+def _inline(
+    jaxpr: core.Jaxpr,
+    inputs: Sequence[Any],
+    consts: dict[core.Var, Any],
+    eqns: list[core.JaxprEqn],
+    every_call: bool,
+) -> list[Any]:
+    """Appends the equations of `jaxpr` applied to `inputs`; returns its outputs.
+
+    Every call gets variables of its own: JAX caches inner jaxprs, so one that is called
+    twice would define each variable twice.
+    """
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
+    read = lambda atom: env[atom] if is_var(atom) else atom
+    for eqn in jaxpr.eqns:
+        given = [read(atom) for atom in eqn.invars]
+        if _is_plain_jit(eqn) or (every_call and eqn.primitive.name in CALLS):
+            body = _body(eqn)
+            fresh = [core.Var(v.aval) for v in body.jaxpr.constvars]
+            consts.update(zip(fresh, body.consts, strict=True))
+            outputs = _inline(body.jaxpr, [*fresh, *given], consts, eqns, every_call)
+        else:
+            outputs = [core.Var(v.aval) for v in eqn.outvars]
+            eqns.append(eqn.replace(invars=given, outvars=outputs))
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _body(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+    """Returns the function that a call equation calls."""
+    body = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+    return core.ClosedJaxpr(body, ()) if isinstance(body, core.Jaxpr) else body
+
+
+def _is_plain_jit(eqn: core.JaxprEqn) -> bool:
+    """Whether the equation is a `jit` that only groups equations.
+
+    One with shardings, donation, layouts or compiler options means something: it stays.
+    """
+    if eqn.primitive.name not in ("jit", "pjit"):
+        return False
+    shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    layouts = (*eqn.params["in_layouts"], *eqn.params["out_layouts"])
+    return (
+        all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+        and all(layout is None for layout in layouts)
+        and not any(eqn.params["donated_invars"])
+        and not eqn.params["compiler_options_kvs"]
+    )

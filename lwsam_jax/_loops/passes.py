@@ -115,7 +115,7 @@ def evaluate(
         out = out._replace(
             value=value, aux=aux, perturbed_value=perturbed, finite=finite
         )
-        known = _on_all(plan, params, ascent, whole)
+        known = _on_all(plan, ascent, whole)
         plain = lambda: _clean(plan, memory, value, aux, known or (), params)
         return fall_back(plan, (out, after), plain if known else None, params)
     return _split(plan, memory, loss, params, traced)
@@ -214,10 +214,11 @@ def _clean(
 
 
 def _on_all(
-    plan: Plan, params: Any, ascent: Sequence[jax.Array], whole: Any
+    plan: Plan, ascent: Sequence[jax.Array], whole: Any
 ) -> Sequence[jax.Array] | None:
     """Returns the ascent gradient of all leaves, None if it is known of some only."""
-    is_all = len(plan.selected) == len(jax.tree.leaves(params))
+    pieces = Pieces.of(plan.layers, plan.chosen)
+    is_all = not pieces.others and not pieces.ranges
     return ascent if whole is None and is_all else whole
 
 
@@ -287,6 +288,6 @@ def _split(
         return _clean(plan, memory, value, aux, known or (), params)
 
     value = mean(value, axis)
-    known = _on_all(plan, params, ascent, whole)
+    known = _on_all(plan, ascent, whole)
     found = gated(plan, memory, whole, finish, plain)
     return fall_back(plan, found, plain if known else None, params)
