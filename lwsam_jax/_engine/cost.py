@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jax.extend import core
 from .. import _checks
 from .cover import Cover, static_selection
 from .cut import large_remats
-from .flops import Unrolled, Work, works
+from .flops import union, Unrolled, Work, works
 from .layers import Layers
 from .rules import Rule
 from .stacks import Sliced
@@ -294,14 +293,11 @@ class _Reach(NamedTuple):
     def of(found: list[Work], unrolled: list[Unrolled]) -> _Reach:
         made = _Reach({}, {}, {}, unrolled)
         add = lambda to, mask, x: to.update({mask: to.get(mask, 0.0) + x})
-        for work in found:
-            if work.live:
-                add(made.forward, work.sources, work.forward)
-                every = 0
-                for mask, flops in work.inputs:
-                    add(made.cotangent, mask, flops)
-                    every |= mask
-                add(made.recompute, every, work.recompute)
+        for work in filter(lambda work: work.live, found):
+            add(made.forward, work.sources, work.forward)
+            for mask, flops in work.inputs:
+                add(made.cotangent, mask, flops)
+            add(made.recompute, union(m for m, _ in work.inputs), work.recompute)
         return made
 
     def bits(self, chosen: Sequence[int]) -> int:
@@ -342,8 +338,7 @@ def _by_layer(
         return next((i for i in by_depth if mask >> i & 1), by_depth[-1])
 
     for work in found:
-        reached = functools.reduce(operator.or_, (mask for mask, _ in work.inputs), 0)
-        at = deepest(reached)
+        at = deepest(union(mask for mask, _ in work.inputs))
         totals[0][at] += work.forward
         for mask, flops in work.inputs if work.live else ():
             totals[2 if mask & of_params == 1 << at else 1][at] += flops

@@ -121,7 +121,7 @@ def works(
         """
         body = inline(Traced(scan.eqn.params["jaxpr"], 0, None))
         each, found = scan.consts + scan.carries, []
-        carry, earlier = masks[scan.consts : each], _union(masks[:each])
+        carry, earlier = masks[scan.consts : each], union(masks[:each])
         slice_mask = lambda a, i: views.mask_of_slice(a, 0, i, sliced, env)
         turns = []
         for index in scan.order:
@@ -133,8 +133,8 @@ def works(
             found += [w._replace(sources=w.sources | earlier) for w in run]
             carried = body.outputs[: scan.carries]
             carry = [inner.get(a, 0) if is_var(a) else 0 for a in carried]
-            earlier |= _union(slices)
-        unrolled.append(Unrolled(_union(masks[:each]), turns))
+            earlier |= union(slices)
+        unrolled.append(Unrolled(union(masks[:each]), turns))
         return found
 
     def walk(eqns, env, outputs, times, whole, remat) -> list[Work]:
@@ -146,7 +146,7 @@ def works(
         live = graph.ancestors(eqns, outputs)
         for eqn in eqns:
             masks = [env.get(a, 0) if is_var(a) else 0 for a in eqn.invars]
-            every = _union(masks)
+            every = union(masks)
             env.update(dict.fromkeys(eqn.outvars, every))
             around = every if whole is None else whole
             scan = Scan.of(eqn) if eqns is program else None
@@ -185,7 +185,8 @@ def works(
     return walk(program, dict(sources), outputs, 1.0, None, False), unrolled
 
 
-def _union(masks: Iterable[int]) -> int:
+def union(masks: Iterable[int]) -> int:
+    """Returns what any of some bit masks has."""
     return functools.reduce(operator.or_, masks, 0)
 
 
@@ -195,7 +196,7 @@ def _enter(
     """Returns the masks of a body's inputs, carries at their fixed point."""
     offset = len(masks) - len(body.invars)
     if offset < 0 or eqn.primitive.name == "while":
-        return dict.fromkeys(body.invars, _union(masks))
+        return dict.fromkeys(body.invars, union(masks))
     inner = dict(zip(body.invars, masks[offset:], strict=True))
     scan = Scan.of(eqn)
     if scan is not None:
@@ -214,7 +215,7 @@ def _propagate(body: core.Jaxpr, inputs: dict[core.Var, int]) -> list[int]:
     env = dict(inputs)
     for eqn in body.eqns:
         masks = [env.get(a, 0) for a in eqn.invars if is_var(a)]
-        env.update(dict.fromkeys(eqn.outvars, _union(masks)))
+        env.update(dict.fromkeys(eqn.outvars, union(masks)))
     return [env.get(a, 0) if is_var(a) else 0 for a in body.outvars]
 
 
