@@ -441,14 +441,24 @@ def test_a_train_step_does_what_it_does_on_the_twin(options, x64):
         assert max(price for _, price in seen) <= 0.5
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+@pytest.mark.parametrize("parallel", ["pmap", "mesh", "sharded"])
 def test_a_train_step_on_eight_devices(parallel):
     params, tokens = nets.make_params(3, mlp=False), nets.make_tokens(8)
-    mesh = jax.make_mesh((8,), ("data",)) if parallel == "mesh" else parallel
     options = {"select": lwsam.named("blocks/out/2"), "steps": 2}
     one, _, _ = train(nets.scanned(), params, tokens, **options)
-    many, _, _ = train(nets.scanned(), params, tokens, parallel=mesh, **options)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    given = params
+    if parallel == "sharded":  # the outputs of each matrix
+        spec = lambda w: jax.sharding.PartitionSpec(*[None] * (w.ndim - 1), "data")
+        shard = lambda w: jax.sharding.NamedSharding(mesh, spec(w))
+        blocks = params["blocks"]
+        placed = {k: jax.device_put(blocks[k], shard(blocks[k])) for k in nets.WEIGHTS}
+        given = {**params, "blocks": {**blocks, **placed}}
+    over = "pmap" if parallel == "pmap" else mesh
+    many, _, _ = train(nets.scanned(), given, tokens, parallel=over, **options)
     assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-4)
+    if parallel == "sharded":
+        assert many["blocks"]["out"].sharding == given["blocks"]["out"].sharding
 
 
 def test_steps_in_a_scan_are_those_of_the_loop():
