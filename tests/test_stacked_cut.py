@@ -403,11 +403,12 @@ def test_every_cover_has_the_price_of_the_twin():
 # --- loops ----------------------------------------------------------------------------
 
 
-def train(loss, params, tokens, steps=4, parallel=None, **options):
+def train(loss, params, tokens, steps=4, parallel=None, then="report", **options):
     """Some steps of TrainStep; the parameters, what was perturbed, the prices."""
     as_step = lambda p, state, batch, key: (loss(p, batch), (state, {}))
     method = lwsam.Method(**{"select": lwsam.top_k(2), "rho": 0.3, **options})
-    step = lwsam.TrainStep(as_step, optax.sgd(0.1, momentum=0.9), method, parallel)
+    base = optax.sgd(0.1, momentum=0.9)
+    step = lwsam.TrainStep(as_step, base, method, parallel, on_nonfinite=then)
     state = step.init(params, {}, tokens, key=jax.random.key(0))
     seen = []
     for _ in range(steps):
@@ -424,8 +425,20 @@ def train(loss, params, tokens, steps=4, parallel=None, **options):
         {"select": lwsam.named("key.*[12]|[12].*key")},
         {"ascent": lwsam.micro_batch(0.5), "shape": lwsam.relative()},
         {"ascent": lwsam.momentum(), "shape": lwsam.relative()},
+        {"combine": lwsam.descend_on_selected()},
+        {"then": "skip", "rule": lwsam.leaves},
+        {"ascent": lwsam.micro_batch(0.5), "combine": lwsam.descend_on_selected()},
     ],
-    ids=["top", "budget", "named", "micro-batch", "momentum"],
+    ids=[
+        "top",
+        "budget",
+        "named",
+        "micro-batch",
+        "momentum",
+        "still",
+        "skip",
+        "still, micro",
+    ],
 )
 def test_a_train_step_does_what_it_does_on_the_twin(options, x64):
     params, tokens = nets.make_params(3, mlp=False), nets.make_tokens(4)
