@@ -63,7 +63,7 @@ FOLDERS = {
         ("sharpness",),
     ),
     "_devices": (
-        ("__init__", "layout", "local"),
+        ("__init__", "accumulate", "layout", "local"),
         ("mesh",),
         ("apart",),
         ("spread",),

@@ -37,10 +37,14 @@ class Part:
 
     cut: Callable[[Any, jax.Array], Any] | None = None
 
-    def of(self, batch: Any, key: jax.Array, devices: int = 1) -> Any:
-        """Returns what the ascent sees of the batch of one of so many devices."""
+    def of(self, batch: Any, key: jax.Array, devices: int = 1, cuts: int = 1) -> Any:
+        """Returns what the ascent sees of the batch of one of so many devices.
+
+        Where the batch is accumulated in so many cuts, a micro-batch that fits into one
+        is taken of the first.
+        """
         if isinstance(self.cut, _MicroBatch):
-            return self.cut(batch, key, devices)
+            return self.cut(batch, key, devices, cuts)
         return batch if self.cut is None else self.cut(batch, key)
 
     def fraction(self, examples: int) -> float:
@@ -87,11 +91,14 @@ class _MicroBatch:
             raise _checks.value_error(_WHO, name, expected, got + on, remedy)
         return count
 
-    def __call__(self, batch: Any, key: jax.Array, devices: int = 1) -> Any:
+    def __call__(
+        self, batch: Any, key: jax.Array, devices: int = 1, cuts: int = 1
+    ) -> Any:
         """Cuts a block at an offset that the key draws, a multiple of the count."""
         examples = batch_size(_WHO, batch)
         count = self.count(examples, devices)
-        offset = count * jax.random.randint(key, (), 0, examples // count)
+        room = examples // cuts if count <= examples // cuts else examples
+        offset = count * jax.random.randint(key, (), 0, room // count)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, offset, count)
         return jax.tree.map(lambda x: cut(x) if jnp.ndim(x) else x, batch)
 

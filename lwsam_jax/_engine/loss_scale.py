@@ -140,7 +140,15 @@ def check(who: str, name: str, value: Any, remedy: str, above: float = 0.0) -> N
 
 
 def value_and_grad(loss: Callable[[Any], Any], at: Any, scale: Any) -> Any:
-    """Returns ((value, aux), gradient), the gradient larger by the scale."""
+    """Returns ((value, aux), gradient), the gradient larger by the scale.
+
+    Args:
+      loss: To (value, aux); one that is the mean of others has `of_each`.
+      at: Where.
+      scale: f32[], or None for 1.
+    """
+    if hasattr(loss, "value_and_grad"):
+        return loss.value_and_grad(at, scale)
     if scale is None:
         return jax.value_and_grad(loss, has_aux=True)(at)
     value, pull, aux = jax.vjp(loss, at, has_aux=True)

@@ -92,20 +92,32 @@ def evaluate(
         is_whole = ascent_loss is None
         first = loss if ascent_loss is None else local(ascent_loss, params, axis)
         return paired_gradients(plan, memory, first, loss, params, is_whole)
-    if ascent_loss is not None or descent_loss is not None:
+    in_cuts = hasattr(loss, "of_each")  # nothing is kept for a second pass
+    if ascent_loss is not None or descent_loss is not None or in_cuts:
         first = loss if ascent_loss is None else local(ascent_loss, params, axis)
         value, aux, ascent, whole = ascend(plan, first, params)
         if descent_loss is None:
 
             def finish():
                 there = climb(plan, memory, params, ascent, whole)
-                return descend(there, loss, value, whole or ascent)
+                out, after = descend(there, loss, value, whole or ascent)
+                if ascent_loss is None:
+                    own = aux if plan.aux_from == "clean" else out.aux
+                    finite = out.finite & jnp.isfinite(value)
+                    out = out._replace(value=value, aux=own, finite=finite)
+                return out, after
 
             def plain():
+                if ascent_loss is None:
+                    return _clean(plan, memory, value, aux, known or (), params)
                 out, after = _plain(plan, memory, loss, params)
                 return out._replace(ascent_value=value), after
 
-            return gated(plan, memory, whole, finish, plain)
+            known = _on_all(plan, ascent, whole)
+            found = gated(plan, memory, whole, finish, plain)
+            if ascent_loss is not None:
+                return found
+            return fall_back(plan, found, plain if known else None, params)
         there = climb(plan, memory, params, ascent, whole)
         perturbed, perturbed_aux = loss(there.params)
         part = local(descent_loss(aux, perturbed_aux), params, axis)

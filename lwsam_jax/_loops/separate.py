@@ -115,6 +115,9 @@ def _gradient_of_selected(plan: Plan, loss: Loss, params: Any) -> Any:
 
     Of a stack that is not perturbed as a whole it may be 0 for the other indices.
     """
+    if hasattr(loss, "of_each"):
+        one = lambda cut: _gradient_of_selected(plan, cut, params)
+        return loss.of_each(one)
     leaves, treedef = jax.tree.flatten(params)
     pieces = Pieces.of(plan.layers, plan.chosen)
     if pieces.ranges:  # JAX by itself stops within no scan
@@ -125,13 +128,14 @@ def _gradient_of_selected(plan: Plan, loss: Loss, params: Any) -> Any:
         _, aux = jax.tree.unflatten(parts.out_tree, [value, *outputs])
         return (value, aux), pieces.widen(grads)
 
-    def of_some(some):
+    def whole(some):
         now = list(leaves)
         for i, leaf in zip(plan.selected, some, strict=True):
             now[i] = leaf
-        return loss(jax.tree.unflatten(treedef, now))
+        return jax.tree.unflatten(treedef, now)
 
     some = [leaves[i] for i in plan.selected]
+    of_some = lambda some: loss(whole(some))
     return value_and_grad(of_some, some, plan.scale)
 
 

@@ -12,6 +12,7 @@ import optax
 
 from .. import _tree
 from .._axes.descent import is_one_batch, losses_of, weigh_loss, Weighed
+from .._devices.accumulate import Cuts, in_cuts
 from .._devices.local import OneDevice
 from .._engine.cover import Cover
 from .._loops import passes as _passes, state as _state
@@ -60,6 +61,7 @@ class OneStep:
         study: Study,
         selection_lag: int,
         faults: Faults,
+        cuts: Cuts,
     ) -> None:
         """Takes what a step needs to know beside the selection."""
         self._loss_fn = scalar_loss("TrainStep", "loss_fn", loss_fn, has_aux=True)
@@ -67,6 +69,7 @@ class OneStep:
         self._devices, self._layers = devices, study.layers
         self._ratio, self._study, self._lag = study.ratio, study, selection_lag
         self._skips, self._scaler = faults
+        self._cuts = cuts
         self._sees_both = not method.is_stale and method.ascent.cut is None
         self.purse = _budget.Purse(method, study.layers, study.menu)
 
@@ -245,8 +248,12 @@ class OneStep:
         """The gradient of a method on what a pass sees."""
         method, devices, batch = self._method, self._devices, seen.batch
 
+        key = seen.key
+        if self._cuts.count > 1:  # what an ascent sees has the key of the first cut
+            key = jax.random.fold_in(key, 0)
+
         def loss_on(part):
-            rest = (state.model_state, part, seen.key, *seen.constants)
+            rest = (state.model_state, part, key, *seen.constants)
             loss = lambda p: self._loss_fn(p, *rest)
             return local(loss, state.params, devices.axis_name)
 
@@ -262,7 +269,9 @@ class OneStep:
                     seen.own,
                 )
             elif method.ascent.cut is not None:
-                cut = lambda share, own: method.ascent.of(share, own, seen.devices)
+                cut = lambda share, own: method.ascent.of(
+                    share, own, seen.devices, self._cuts.count
+                )
                 part = devices.on_shares(cut, batch, seen.own)
                 sources["ascent_loss"] = loss_on(part)
             if isinstance(method.descent, Weighed):
@@ -276,9 +285,17 @@ class OneStep:
                         (),
                     )
                 )
-        return _passes.evaluate(
-            plan, state.method_state.memory, loss_on(batch), state.params, **sources
-        )
+        memory, loss = state.method_state.memory, self._on_all(state, loss_on, seen)
+        return _passes.evaluate(plan, memory, loss, state.params, **sources)
+
+    def _on_all(
+        self, state: TrainState, loss_on: Callable[[Any], Any], seen: _Seen
+    ) -> Any:
+        """Returns the loss on the batch, a cut at a time where it is accumulated."""
+        if self._cuts.count == 1:
+            return loss_on(seen.batch)
+        rest = (state.model_state, seen.batch, seen.constants, seen.key)
+        return in_cuts(self._loss_fn, *rest, self._cuts, self._devices.on_shares)
 
     def _weigh(
         self, loss_on: Callable[[Any], Any], part: Any, batch: Any
@@ -304,7 +321,10 @@ class OneStep:
         """Returns the model state after a forward pass on a (batch, its number)."""
         batch, number = numbered
         key = self._devices.local_key(jax.random.fold_in(state.key, number))
-        _, aux = self._loss_fn(state.params, state.model_state, batch, key, *constants)
+        rest = (state.model_state, batch, key, *constants)
+        loss_on = lambda _: lambda p: self._loss_fn(p, *rest)
+        seen = _Seen(batch, constants, key, key, self._devices.count)
+        _, aux = self._on_all(state, loss_on, seen)(state.params)
         return (self._devices.average(*aux)[0],)
 
     def many(self, covers: list[Cover]) -> Callable[..., Any]:

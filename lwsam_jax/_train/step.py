@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from .. import _checks
+from .._devices.accumulate import as_cuts
 from .._devices.spread import spread
 from .._engine.cost import StepCost
 from .._engine.cover import Cover
@@ -64,6 +65,11 @@ class TrainStep:
         for bit, and `info.skipped` counts; if only the ascent fails, the step is plain.
       loss_scale: A `DynamicLossScale` or a number, for losses in float16; a step in
         which either pass overflows is skipped.
+      accumulate: In how many cuts a batch is seen, one after the other; both passes have
+        the gradient of the whole, at the memory of a cut. The model state goes from cut
+        to cut; what the passes would share is computed in both.
+      weight: `weight(cut)`, the weight of a cut's loss in that of the batch, such as its
+        number of tokens; None: the same for all.
       donate: Whether a step donates the state that goes in, to save its memory. With
         False the state and its parts can be kept; with True copy what you keep.
       batch_axes: With a mesh: name or names of the axes over which a batch is cut; None:
@@ -113,6 +119,8 @@ class TrainStep:
         selection_lag: int = 0,
         on_nonfinite: str = "report",
         loss_scale: DynamicLossScale | float | None = None,
+        accumulate: int = 1,
+        weight: Callable[[Any], Any] | None = None,
         donate: bool = True,
         batch_axes: str | tuple[str, ...] | None = None,
         sync: str = "global",
@@ -128,6 +136,7 @@ class TrainStep:
         is_apart = method.split is not None or sync == "device"
         self._devices = spread(WHO, parallel, batch_axes, donate, is_apart)
         self._method = _step_checks.synchronized(method, sync, self._devices)
+        self._cuts = as_cuts(WHO, accumulate, weight, self._method)
         self._most, self._lag = max_executables, selection_lag
         self._compiled: Compiled | None = None
         self._masks = Masks()
@@ -328,11 +337,12 @@ class TrainStep:
         """
         devices, method = self._devices, self._method
         with devices.context():
-            found = study(self._loss_fn, method, devices, self._most, *args)
+            trace = (self._loss_fn, method, devices, self._most, self._cuts.count)
+            found = study(*trace, *args)
         # All or nothing: what failed above is studied again by the next call.
         self.layers, self.cost = found.layers, found.cost
         self._known = found.known
-        options = (self._lag, self._faults)
+        options = (self._lag, self._faults, self._cuts)
         one = OneStep(self._loss_fn, self._optimizer, method, devices, found, *options)
         charges_menu = method.mean_overhead is not None
         self._compiled = Compiled(one, found.menu, devices, charges_menu)

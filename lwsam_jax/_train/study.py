@@ -13,6 +13,7 @@ import numpy as np
 from .._axes import shape, when, which
 from .._axes.descent import is_one_batch, Weighed
 from .._axes.probe import Probe
+from .._devices.accumulate import cut_shapes
 from .._devices.local import OneDevice
 from .._engine.cost import step_cost, StepCost
 from .._engine.cover import Cover
@@ -47,6 +48,7 @@ def study(
     method: Method,
     devices: OneDevice,
     most: int,
+    cuts: int,
     params: Any,
     model_state: Any,
     batch: Any,
@@ -56,7 +58,10 @@ def study(
     """Traces a loss on the shapes that it will see; raises on a wrong one."""
     axes = devices.axis_sizes()
     # The batch last, for its examples are counted.
-    args = (model_state, constants, key, devices.seen(batch))
+    seen = cut_shapes(_step_checks.WHO, devices.seen(batch), cuts)
+    if cuts > 1:
+        cut_shapes(_step_checks.WHO, devices.share(batch), cuts)
+    args = (model_state, constants, key, seen)
     loss = lambda params, model_state, constants, key, batch: loss_fn(
         params, model_state, batch, key, *constants
     )
@@ -64,9 +69,9 @@ def study(
     _step_checks.loss(loss, (params, *args), axes)
     layers = method.layers_of(params, loss, *args, axis_env=axes)
     cost = step_cost(loss, params, *args, layers=layers, axis_env=axes)
-    cuts = method.split is not None or getattr(method.ascent, "cut", None) is not None
-    share = devices.share(batch) if cuts else devices.seen(batch)
-    ratio = _ratio(method, cost, params, share, devices.count)
+    is_cut = method.split is not None or getattr(method.ascent, "cut", None) is not None
+    share = devices.share(batch) if is_cut else devices.seen(batch)
+    ratio = _ratio(method, cost, params, share, devices.count, cuts)
     chosen = which.always_chosen(method.select, layers)
     menu = Menu(
         layers,
@@ -97,12 +102,13 @@ def _known(
 
 
 def _ratio(
-    method: Method, cost: StepCost, params: Any, batch: Any, devices: int
+    method: Method, cost: StepCost, params: Any, batch: Any, devices: int, cuts: int
 ) -> Callable[[Any], float]:
     whole = method.combine.needs == "all" or method.gate is not None
     whole = whole or shape.wants_whole_ascent(method.shape, params)
     part = 0.0 if method.is_stale else method.ascent.measured(batch, devices)
-    shared = not method.is_stale and method.ascent.cut is None
+    # What the passes share is kept for one cut at a time, so it is computed twice.
+    shared = not method.is_stale and method.ascent.cut is None and cuts == 1
     share = 1.0 if method.descent is None else method.descent.fraction
     more = 0.0
     if isinstance(method.descent, Weighed):
