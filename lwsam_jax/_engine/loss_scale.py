@@ -147,8 +147,8 @@ def value_and_grad(loss: Callable[[Any], Any], at: Any, scale: Any) -> Any:
       at: Where.
       scale: f32[], or None for 1.
     """
-    if hasattr(loss, "value_and_grad"):
-        return loss.value_and_grad(at, scale)
+    if hasattr(loss, "of_each"):
+        return loss.of_each(lambda one: value_and_grad(one, at, scale))
     if scale is None:
         return jax.value_and_grad(loss, has_aux=True)(at)
     value, pull, aux = jax.vjp(loss, at, has_aux=True)
