@@ -63,7 +63,7 @@ FOLDERS = {
         ("sharpness",),
     ),
     "_devices": (
-        ("__init__", "accumulate", "layout", "local"),
+        ("__init__", "accumulate", "hosts", "layout", "local"),
         ("mesh",),
         ("apart",),
         ("spread",),

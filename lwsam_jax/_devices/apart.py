@@ -51,6 +51,7 @@ class Apart(OnMesh):
         lead: int = 0,
         donates: bool = True,
         part: Callable[[Any], Any] = lambda state: state,
+        name: Any = None,
     ) -> Any:
         """Returns `local` mapped over the devices, under jit."""
 
@@ -73,7 +74,7 @@ class Apart(OnMesh):
                 check_vma=False,
             )(state, batch, constants)
 
-        return super().compile(mapped, lead, donates, part)
+        return super().compile(mapped, lead, donates, part, name)
 
     def on_shares(self, fn: Callable[..., Any], cut: Any, whole: Any) -> Any:
         """Returns `fn(cut, whole)`, on this device's share."""

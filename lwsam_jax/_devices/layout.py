@@ -81,6 +81,6 @@ def given(who: str, path: Any, x: Any, mesh: Mesh) -> NamedSharding:
     if own is None or own.is_fully_replicated:
         return NamedSharding(mesh, PartitionSpec())
     remedy = "jax.device_put(x, NamedSharding(mesh, spec)) puts it there."
-    expected = f"on the step's mesh, {dict(mesh.shape)}, or on one device"
+    expected = f"on the step's mesh, {mesh}, or on one device"
     where = f"state{jax.tree_util.keystr(path)}"
     raise _checks.value_error(who, where, expected, f"on {own}", remedy)

@@ -39,6 +39,10 @@ class OneDevice:
         """Returns the context in which a loss is traced."""
         return contextlib.nullcontext()
 
+    def together(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context in which what raises here raises in every process."""
+        return contextlib.nullcontext()
+
     def axis_sizes(self) -> list[tuple[Any, int]]:
         """Returns the mapped axes as `jax.make_jaxpr` takes them."""
         return [] if self.axis_name is None else [(self.axis_name, self.count)]
@@ -76,6 +80,7 @@ class OneDevice:
         lead: int = 0,
         donates: bool = True,
         part: Callable[[Any], Any] = lambda state: state,
+        name: Any = None,
     ) -> Any:
         """Returns `local` as a jitted step that may donate its state.
 
@@ -84,8 +89,9 @@ class OneDevice:
           lead: Number of the batch's first axis.
           donates: Whether it may donate.
           part: What part of a state the first output is.
+          name: What processes call it where they compare what they run.
         """
-        del lead, part
+        del lead, part, name
         return jax.jit(local, donate_argnums=self._donated(donates))
 
     def _donated(self, donates: bool) -> tuple[int, ...]:
@@ -170,9 +176,10 @@ class LocalDevices(OneDevice):
         lead: int = 0,
         donates: bool = True,
         part: Callable[[Any], Any] = lambda state: state,
+        name: Any = None,
     ) -> Any:
         """Returns `local` under `jax.pmap`."""
-        del part
+        del part, name
         return _Pmapped(local, lead, self._donated(donates))
 
 

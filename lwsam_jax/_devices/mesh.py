@@ -7,8 +7,9 @@ construction; what moves between devices is the compiler's.
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import _checks
 from .._axes.ascent import batch_size
-from . import layout as _layout
+from . import hosts, layout as _layout
 from .local import copied, OneDevice
 
 
@@ -37,6 +38,7 @@ class OnMesh(OneDevice):
             raise _checks.value_error(who, "batch_axes", expected, repr(axes), remedy)
         self.mesh, self.axes = mesh, axes
         self.count = math.prod(mesh.shape[axis] for axis in axes)
+        self._shares = hosts.shares(mesh, axes)
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         # Of the states that were seen, by structure: steps leave them as they are.
         self._layouts: dict[Any, Any] = {}
@@ -51,10 +53,14 @@ class OnMesh(OneDevice):
     def seen(self, batch: Any) -> Any:
         """Returns the shapes of the global batch."""
         usual = self.examples(batch, 0)
-        shape = lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=self._sharding_of(x, usual, 0)
-        )
-        return jax.tree.map(lambda x: shape(_array(x)), batch)
+
+        def seen(x):
+            sharding = self._sharding_of(x, usual, 0)
+            is_whole = sharding is self.everywhere
+            shape = x.shape if is_whole else self._global_shape(x, 0)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(lambda x: seen(_array(x)), batch)
 
     def share(self, batch: Any) -> Any:
         """Returns the shapes of one device's share; raises on what is no batch."""
@@ -66,23 +72,37 @@ class OnMesh(OneDevice):
 
     def examples(self, batch: Any, lead: int) -> int | None:
         """Returns the first axis that most arrays share, the largest of several."""
-        shapes = [jnp.shape(x)[lead:] for x in jax.tree.leaves(batch)]
-        counts = collections.Counter(shape[0] for shape in shapes if shape)
+        shapes = [self._global_shape(_array(x), lead) for x in jax.tree.leaves(batch)]
+        counts = collections.Counter(s[lead] for s in shapes if len(s) > lead)
         return max(counts, key=lambda n: (counts[n], n), default=None)
+
+    def _global_shape(self, x: Any, lead: int) -> tuple[int, ...]:
+        """Returns the shape over all processes, of which each has its own share."""
+        if self._shares == 1 or len(x.shape) <= lead or not hosts.is_local(x):
+            return x.shape
+        whole = x.shape[lead] * self._shares
+        return (*x.shape[:lead], whole, *x.shape[lead + 1 :])
 
     def _sharding_of(self, x: Any, usual: int | None, lead: int) -> NamedSharding:
         """Returns where an array of a batch belongs: cut, if it is one of the batch."""
         if _layout.is_cut(x, self.mesh):
             return x.sharding
-        if len(x.shape) <= lead or x.shape[lead] != usual:
+        shape = self._global_shape(x, lead)
+        if len(shape) <= lead or shape[lead] != usual:
             return self.everywhere
-        self.refuse_remainder(x.shape, lead)
+        self.refuse_remainder(shape, lead)
         return NamedSharding(self.mesh, PartitionSpec(*[None] * lead, self.axes))
 
     def place_batch(self, batch: Any, lead: int = 0) -> Any:
         """Cuts a batch over its axes; what is no batch goes to every device."""
         usual = self.examples(batch, lead)
-        place = lambda x: put(x, self._sharding_of(x, usual, lead))
+
+        def place(x):
+            sharding = self._sharding_of(x, usual, lead)
+            if sharding is self.everywhere or self._shares == 1:
+                return put(x, sharding)
+            return hosts.from_share(x, sharding) if hosts.is_local(x) else x
+
         return jax.tree.map(lambda x: place(_array(x)), batch)
 
     def place(self, tree: Any) -> Any:
@@ -126,10 +146,23 @@ class OnMesh(OneDevice):
         lead: int = 0,
         donates: bool = True,
         part: Callable[[Any], Any] = lambda state: state,
+        name: Any = None,
     ) -> Any:
         """Returns `local` under jit; what it returns beside a state is everywhere."""
         del lead
-        return _OnMesh(self, local, self._donated(donates), part)
+        donated = self._donated(donates)
+        return _OnMesh(self._who, name, self, local, donated, part)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Where one process raises inside, all do."""
+        try:
+            yield
+        except Exception as error:
+            if hosts.are_many():
+                said = f"{hosts.RAISES}{error!r}"
+                hosts.agree(self._who, [said] * len(hosts.PARTS))
+            raise
 
     def on_shares(self, fn: Callable[..., Any], cut: Any, whole: Any) -> Any:
         """Returns `fn(cut, whole)` of each device's share, so that no example moves."""
@@ -157,12 +190,15 @@ class _OnMesh:
 
     def __init__(
         self,
+        who: str,
+        name: Any,
         devices: OnMesh,
         local: Callable[..., Any],
         donated: tuple[int, ...],
         part: Callable[[Any], Any],
     ) -> None:
         self._devices, self._donated, self._part = devices, donated, part
+        self._who, self._name = who, name
         self._steps: dict[Any, Any] = {}
 
         def run(state, batch, constants):
@@ -183,6 +219,9 @@ class _OnMesh:
         return self._steps[treedef]
 
     def __call__(self, state: Any, batch: Any, constants: Any) -> Any:
+        if hosts.are_many():
+            kinds = map(_kinds, (batch, constants, state))
+            hosts.agree(self._who, [str(self._name), *kinds])
         with self._devices.context():
             first, others = self._step(state)(state, batch, constants)
         return first, *others
@@ -196,6 +235,8 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
     """Returns an array where it belongs, itself if it is there."""
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
+    if hosts.are_many() and hosts.is_local(x):
+        return hosts.from_copy(x, sharding)
     return jax.device_put(x, sharding)
 
 
@@ -205,3 +246,11 @@ def _shardings(tree: Any) -> Any:
 
 def _array(x: Any) -> Any:
     return x if hasattr(x, "dtype") else np.asarray(x)
+
+
+def _kinds(tree: Any) -> str:
+    """Returns path, dtype, shape and place of every leaf, as text."""
+    return ", ".join(
+        f"{jax.tree_util.keystr(path)}: {x.dtype}{list(x.shape)} on {x.sharding.spec}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    )

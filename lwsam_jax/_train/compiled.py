@@ -41,7 +41,8 @@ class Compiled:
 
     def single(self, selection: tuple[str, ...] | Cover) -> Any:
         """Returns the step of a selection."""
-        return self._devices.compile(functools.partial(self._one.run, selection))
+        step = functools.partial(self._one.run, selection)
+        return self._devices.compile(step, name=selection)
 
     def lower(self, selection: Any, state: Any, batch: Any, constants: Any) -> Any:
         """Returns the lowered step of a selection, None for that of the state."""
@@ -58,12 +59,17 @@ class Compiled:
             covers = _COVERS_OF_A_SCAN
         if covers not in self._scans:
             many = self._one.many(self._menu.few(covers))
-            self._scans[covers] = self._devices.compile(many, lead=1)
+            self._scans[covers] = self._devices.compile(
+                many, lead=1, name=f"scan {covers}"
+            )
         return self._scans[covers]
 
     @functools.cached_property
     def refresh(self) -> Callable[..., Any]:
         """The forward pass that continues the model state."""
         return self._devices.compile(
-            self._one.refresh, donates=False, part=lambda state: state.model_state
+            self._one.refresh,
+            donates=False,
+            part=lambda state: state.model_state,
+            name="refresh",
         )

@@ -322,19 +322,16 @@ class TrainStep:
             constants = devices.place(constants)
             self._study(state.params, state.model_state, one, state.key, constants)
         assert self._compiled is not None
-        return (
-            self._compiled,
-            devices.place_state(self._take_hyperparams(state)),
-            devices.place_batch(batch, lead),
-            devices.place(constants),
-        )
+        with devices.together():
+            return (
+                self._compiled,
+                devices.place_state(self._take_hyperparams(state)),
+                devices.place_batch(batch, lead),
+                devices.place(constants),
+            )
 
     def _study(self, *args: Any) -> OneStep:
-        """Finds the layers, what they cost, and what steps may run on.
-
-        Args:
-          *args: Parameters, model state, batch, key and constants, each in its place.
-        """
+        """Finds what steps run on, from params, model state, batch, key, constants."""
         devices, method = self._devices, self._method
         with devices.context():
             trace = (self._loss_fn, method, devices, self._most, self._cuts.count)
