@@ -126,6 +126,18 @@ def other_batch():
     say(value=float(info.value))
 
 
+def other_parameters():
+    """Drawn with another seed in one process, or its key is another one."""
+    step = make()
+    one = {**PARAMS, "out": PARAMS["out"] + (PROCESS == 1)}
+    key, constants = jax.random.key(KEY_SEED), (np.ones(3),)
+    raises(lambda: step.init(one, {}, own(BATCHES[0]), key=key, constants=constants))
+    raises(lambda: start(step, jax.random.key(PROCESS)))
+    odd = {name: x[:7] for name, x in BATCHES[0].items()}  # it alone does not divide
+    batch = odd if PROCESS == 1 else own(BATCHES[0])
+    raises(lambda: step.init(PARAMS, {}, batch, key=key, constants=constants))
+
+
 def other_selection():
     """One process restored another state: its mask is another one."""
     step = make()

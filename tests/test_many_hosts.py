@@ -22,7 +22,14 @@ HERE = pathlib.Path(__file__).parent
 SECONDS = 300  # for all cases of a group; one that hangs is ended
 ALWAYS = ["other_batch", "numpy_shares"]
 CASES = {
-    2: [*ALWAYS, "global_arrays", "fully_sharded", "other_selection", "pmap"],
+    2: [
+        *ALWAYS,
+        "global_arrays",
+        "fully_sharded",
+        "other_parameters",
+        "other_selection",
+        "pmap",
+    ],
     4: [*ALWAYS, "local_arrays"],
 }
 
@@ -126,6 +133,16 @@ def test_a_batch_that_differs_raises_in_every_process(processes):
         assert "process 1: ['x']: float64[" in first["error"]
         assert "`arguments`" in second["error"] or "`batch`" in second["error"]
         np.testing.assert_allclose(after["value"], infos[1][0], rtol=1e-9)
+
+
+def test_parameters_that_differ_raise_in_every_process():
+    """Else each would train a network of its own, in silence."""
+    for params, key, batch in run("other_parameters", 2):
+        assert "`params` to be the same in every process" in params["error"]
+        assert "['out']: float64[8, 4]" in params["error"]
+        assert "`key` to be the same in every process" in key["error"]
+        assert "`arguments`" in batch["error"]
+        assert "divisible by the 4 devices" in batch["error"]
 
 
 def test_a_selection_that_differs_raises_in_every_process():

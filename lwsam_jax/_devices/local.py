@@ -43,6 +43,9 @@ class OneDevice:
         """Returns the context in which what raises here raises in every process."""
         return contextlib.nullcontext()
 
+    def refuse_others(self, **trees: Any) -> None:
+        """Raises where processes have arrays of their own that are not the same."""
+
     def axis_sizes(self) -> list[tuple[Any, int]]:
         """Returns the mapped axes as `jax.make_jaxpr` takes them."""
         return [] if self.axis_name is None else [(self.axis_name, self.count)]

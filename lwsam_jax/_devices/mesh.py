@@ -160,9 +160,14 @@ class OnMesh(OneDevice):
             yield
         except Exception as error:
             if hosts.are_many():
-                said = f"{hosts.RAISES}{error!r}"
-                hosts.agree(self._who, [said] * len(hosts.PARTS))
+                hosts.disagree(self._who, error)
             raise
+
+    def refuse_others(self, **trees: Any) -> None:
+        """Raises where processes have arrays of their own that are not the same."""
+        if hosts.are_many():
+            said = {name: hosts.values(tree) for name, tree in trees.items()}
+            hosts.agree(self._who, said)
 
     def on_shares(self, fn: Callable[..., Any], cut: Any, whole: Any) -> Any:
         """Returns `fn(cut, whole)` of each device's share, so that no example moves."""
@@ -220,8 +225,9 @@ class _OnMesh:
 
     def __call__(self, state: Any, batch: Any, constants: Any) -> Any:
         if hosts.are_many():
-            kinds = map(_kinds, (batch, constants, state))
-            hosts.agree(self._who, [str(self._name), *kinds])
+            kinds = {"batch": batch, "constants": constants, "state": state}
+            said = {name: _kinds(tree) for name, tree in kinds.items()}
+            hosts.agree(self._who, {"selection": str(self._name), **said})
         with self._devices.context():
             first, others = self._step(state)(state, batch, constants)
         return first, *others

@@ -172,19 +172,22 @@ class TrainStep:
           model_state: What the loss carries, {} if nothing; copied.
           example_batch: A batch, or `jax.ShapeDtypeStruct`s of its global shapes.
           key: PRNG key of the run.
-          constants: Trees that the loss takes beside the batch: target networks, frozen
-            parts, class weights.
+          constants: Trees that the loss takes beside the batch, such as class weights.
 
         Raises:
           TypeError: If the loss does not return (loss, (model_state, metrics)), or the
             model state with another structure, shapes or dtypes than it got.
           ValueError: As `Layers.of`; if the batch does not divide by the devices.
         """
-        place = self._devices.place
-        params, model_state = place(params), place(model_state)
-        one = self._study(params, model_state, example_batch, key, place(constants))
+        devices = self._devices
+        given = {"params": params, "model_state": model_state, "key": key}
+        with devices.together():
+            params, model_state = devices.place(params), devices.place(model_state)
+            constants = devices.place(constants)
+            one = self._study(params, model_state, example_batch, key, constants)
+        devices.refuse_others(**given)
         # The caller keeps its arrays, and no buffer of two leaves is donated twice.
-        state = self._devices.first(one.init, params, model_state, key)
+        state = devices.first(one.init, params, model_state, key)
         _step_checks.optimizer_state(state.opt_state)
         return state
 
@@ -301,10 +304,7 @@ class TrainStep:
         return state
 
     def _take_hyperparams(self, state: TrainState) -> TrainState:
-        """Gives hyperparameters that a loop has set the dtype that a step compiles for.
-
-        Copies, for steps donate their state and the loop may set one array twice.
-        """
+        """Copies hyperparameters that a loop has set; a step donates what it gets."""
         known, now = self._hyperparams, state.hyperparams
         if known and len(known) == len(now) and all(now[k] is known[k] for k in now):
             return state
