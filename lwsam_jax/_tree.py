@@ -6,11 +6,14 @@ in bfloat16 most of `w + rho * g` is lost to rounding, and float16 norms overflo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, PartitionSpec
 
 
 def accumulation_dtype(*leaves: Any) -> jnp.dtype:
@@ -71,10 +74,46 @@ def norm(
     With an axis to keep for each leaf that of each index there, as a vector.
     """
     dtype = dtype or accumulation_dtype(*leaves)
+    mesh = _mesh_of(leaves) if keep is None else None
+    if mesh is not None:
+        return root(_squares_over(mesh, leaves, dtype))
     total = jnp.zeros((), dtype)
     for leaf, axis in zip(leaves, keep or [None] * len(leaves), strict=True):
         total = total + square_norm(leaf, axis).astype(dtype)
     return root(total)
+
+
+def _mesh_of(leaves: Sequence[jax.Array]) -> Any:
+    """Returns the mesh over which the types of leaves are cut, None if they are not."""
+    said = [getattr(jax.typeof(x), "sharding", None) for x in leaves]
+    types = [
+        t for t, x in zip(said, leaves, strict=True) if t and isinstance(x, Tracer)
+    ]
+    if len(types) < len(leaves) or not any(a for t in types for a in t.spec):
+        return None
+    mesh = types[0].mesh
+    is_explicit = all(kind == AxisType.Explicit for kind in mesh.axis_types)
+    return mesh if is_explicit and all(t.mesh == mesh for t in types) else None
+
+
+def _squares_over(mesh: Any, leaves: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Returns the sum of all |x|^2: each device adds up its own, one number travels."""
+    specs = tuple(jax.typeof(x).sharding.spec for x in leaves)
+
+    def local(*parts):
+        total = jnp.zeros((), dtype)
+        for part, spec in zip(parts, specs, strict=True):
+            axes = [
+                a for at in spec if at for a in ([at] if isinstance(at, str) else at)
+            ]
+            copies = mesh.size // math.prod(mesh.shape[a] for a in axes)
+            total = total + square_norm(part).astype(dtype) / copies
+        return jax.lax.psum(total, mesh.axis_names)
+
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )
+    return run(*leaves)
 
 
 def root(x: jax.Array) -> jax.Array:

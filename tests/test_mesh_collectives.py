@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import lwsam_jax as lwsam
 import mesh_task as task
 from devices import DEVICES, needs_eight
+from lwsam_jax._devices.mesh import OnMesh
 
 
 pytestmark = needs_eight
@@ -50,7 +51,9 @@ def travels(compiled):
     found = collections.Counter()
     for line in compiled.as_text().splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-        for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]) if match else ():
+        if match is None:
+            continue
+        for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
             size = math.prod(int(d) for d in dims.split(",") if d)
             kind = REDUCE if match[2] == "reduce-scatter" else match[2]
             found[kind, OF_SIZE.get(size, size)] += 1
@@ -110,9 +113,17 @@ def test_no_example_travels(specs, ascent):
 # --- an optimizer whose loop holds the perturbed parameters ----------------------------
 
 
-def of_loop(tx):
+def explicit_loss(params, batch):
+    """Where axes are Explicit a loss says itself where a weight is gathered."""
+    x = batch
+    for name in NAMES:
+        x = jnp.tanh(x @ task.gathered(params[name]))
+    return jnp.mean(x**2)
+
+
+def of_loop(tx, kind="Auto"):
     """What travels in a jitted step of one's own, with fully sharded weights."""
-    mesh = task.mesh("8")
+    mesh = task.mesh("8", kind)
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     params = jax.tree.map(place, PARAMS, FULLY)
     opt_state = tx.init(params)
@@ -124,30 +135,35 @@ def of_loop(tx):
         ),
         (params, opt_state),
     )
+    loss = explicit_loss
+    if kind == "Auto":
+        loss = lambda p, batch: loss_fn(p, {}, batch, None)[0]
 
     def step(params, opt_state, batch):
-        grads = jax.grad(lambda p: loss_fn(p, {}, batch, None)[0])(params)
+        grads = jax.grad(loss)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    batch = place(BATCH, P("data"))
-    args = (*jax.device_put((params, opt_state), where), batch)
-    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
+    args = (*jax.device_put((params, opt_state), where), place(BATCH, P("data")))
+    with OnMesh("test", mesh, None, donate=False).context():
         return travels(jax.jit(step, out_shardings=where).lower(*args).compile())
 
 
-@pytest.mark.parametrize("ascent", ["momentum", "random"])
-def test_an_optimizer_that_perturbs_adds_scalars_alone(ascent):
-    """One number for each layer and norm; whether they travel together is XLA's."""
+@pytest.mark.parametrize(
+    ("ascent", "kind", "numbers"),
+    [
+        ("momentum", "Explicit", 1),  # each device adds up its own first
+        ("momentum", "Auto", len(NAMES)),  # which XLA may put into one reduction
+        ("random", "Auto", 2 * len(NAMES)),  # norms of the noise, and of the weights
+    ],
+)
+def test_an_optimizer_that_perturbs_adds_numbers_alone(ascent, kind, numbers):
     base = optax.sgd(0.1, momentum=0.9)
     if ascent == "momentum":
-        tx, norms = lwsam.momentum_sam(base, rho=0.1), 1
+        tx = lwsam.momentum_sam(base, rho=0.1)
     else:
         shape = lwsam.relative()
         tx = lwsam.perturbed(base, rho=0.1, ascent=lwsam.random(), shape=shape)
-        norms = 2  # of the noise, and of the weights
-    added = of_loop(tx)
-    added.subtract(of_loop(base))
-    assert {key: n for key, n in added.items() if n} == {
-        (REDUCE, 1): norms * len(NAMES)
-    }
+    added = of_loop(tx, kind)
+    added.subtract(of_loop(base, kind))
+    assert {key: n for key, n in added.items() if n} == {(REDUCE, 1): numbers}
