@@ -149,6 +149,20 @@ def other_selection():
     raises(lambda: step(state, own(BATCHES[0]), np.ones(3)))
 
 
+def alone():
+    """A mesh of one process's own devices: it asks nobody."""
+    if PROCESS == 0:
+        mesh = jax.make_mesh(
+            (LOCAL,), ("data",), (AxisType.Auto,), devices=jax.local_devices()
+        )
+        method = lwsam.LayerwiseSAM(k=1, rho=0.3, alpha=0.7)
+        optimizer = optax.sgd(0.1, momentum=0.9)
+        step = lwsam.TrainStep(loss_fn, optimizer, method, mesh)
+        state, constants = start(step, jax.random.key(KEY_SEED)), (np.ones(3),)
+        _, info = step(state, BATCHES[0], *constants)
+        say(value=float(info.value))
+
+
 def pmap():
     raises(lambda: lwsam.TrainStep(loss_fn, optax.sgd(0.1), lwsam.sam(0.1), "pmap"))
 

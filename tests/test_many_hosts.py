@@ -28,6 +28,7 @@ CASES = {
         "fully_sharded",
         "other_parameters",
         "other_selection",
+        "alone",
         "pmap",
     ],
     4: [*ALWAYS, "local_arrays"],
@@ -148,6 +149,12 @@ def test_parameters_that_differ_raise_in_every_process():
 def test_a_selection_that_differs_raises_in_every_process():
     for (line,) in run("other_selection", 2):
         assert "`selection` to be the same in every process" in line["error"]
+
+
+def test_a_mesh_of_one_process_asks_nobody():
+    (line,), nobody = run("alone", 2)
+    np.testing.assert_allclose(line["value"], one_process()[1][0][0], rtol=1e-9)
+    assert not nobody
 
 
 def test_pmap_in_several_processes_raises():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import _checks
 
@@ -30,6 +30,11 @@ def are_many() -> bool:
     return jax.process_count() > 1
 
 
+def are_spanned(mesh: Mesh) -> bool:
+    """Whether a mesh has devices of several processes, which then run together."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def is_local(x: Any) -> bool:
     """Whether an array is of this process alone: NumPy, or on its devices."""
     if isinstance(x, (jax.ShapeDtypeStruct, Tracer)):
@@ -37,7 +42,7 @@ def is_local(x: Any) -> bool:
     return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
-def shares(mesh: Any, axes: Any) -> int:
+def shares(mesh: Mesh, axes: Any) -> int:
     """Returns how many times the share of one process makes the whole."""
     cut = NamedSharding(mesh, PartitionSpec(axes))
     count = mesh.size

@@ -39,6 +39,7 @@ class OnMesh(OneDevice):
         self.mesh, self.axes = mesh, axes
         self.count = math.prod(mesh.shape[axis] for axis in axes)
         self._shares = hosts.shares(mesh, axes)
+        self.is_of_many = hosts.are_spanned(mesh)
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         # Of the states that were seen, by structure: steps leave them as they are.
         self._layouts: dict[Any, Any] = {}
@@ -159,13 +160,13 @@ class OnMesh(OneDevice):
         try:
             yield
         except Exception as error:
-            if hosts.are_many():
+            if self.is_of_many:
                 hosts.disagree(self._who, error)
             raise
 
     def refuse_others(self, **trees: Any) -> None:
         """Raises where processes have arrays of their own that are not the same."""
-        if hosts.are_many():
+        if self.is_of_many:
             said = {name: hosts.values(tree) for name, tree in trees.items()}
             hosts.agree(self._who, said)
 
@@ -224,7 +225,7 @@ class _OnMesh:
         return self._steps[treedef]
 
     def __call__(self, state: Any, batch: Any, constants: Any) -> Any:
-        if hosts.are_many():
+        if self._devices.is_of_many:
             kinds = {"batch": batch, "constants": constants, "state": state}
             said = {name: _kinds(tree) for name, tree in kinds.items()}
             hosts.agree(self._who, {"selection": str(self._name), **said})
