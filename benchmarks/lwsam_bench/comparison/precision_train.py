@@ -42,7 +42,7 @@ class Task:
     """
 
     dataset: str = "cifar10"
-    steps: int = 300
+    steps: int = 200
     faults: int = 5
     train_images: int = 10_000
     test_images: int | None = None
