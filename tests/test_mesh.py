@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 
 import mesh_task as task
 from devices import needs_eight
+from plain import enable_x64
 
 
 pytestmark = needs_eight
@@ -78,3 +79,31 @@ def test_shardings_stay_as_they_came(case, method):
     assert all(x.sharding == sizes[x.shape] for x in kept if x.shape)
     others = (adam.count, state.step, state.key, state.model_state, state.hyperparams)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(others))
+
+
+@pytest.mark.parametrize("method", ["sam", "layers", "look", "momentum"])
+@pytest.mark.parametrize("case", ["fully sharded", "explicit, mixed"])
+def test_a_nan_that_one_device_sees_is_skipped_by_all(case, method):
+    """And the shards stay where they are."""
+    shape, kind, axes, specs = CASES[case]
+    mesh = task.mesh(shape, kind)
+    gather = task.gathered if kind == "Explicit" else lambda w: w
+    step = task.make(method, mesh, gather, batch_axes=axes, on_nonfinite="skip")
+    broken = {**task.batch(2), "x": task.batch(2)["x"].copy()}
+    broken["x"][5, 1] = np.nan
+    with enable_x64(True):
+        params = task.put(mesh, specs)
+        state = step.init(params, task.MODEL_STATE, task.batch(0), key=task.KEY)
+        found = []
+        for data in (task.batch(0), broken, task.batch(1)):
+            state, info = step(state, data)
+            what = (state.params, state.opt_state, state.model_state)
+            found.append(jax.device_get((what, info.skipped, info.finite)))
+            shardings = jax.tree.map(lambda x: x.sharding, state.params)
+            assert shardings == jax.tree.map(lambda x: x.sharding, params)
+    assert [(int(n), bool(ok)) for _, n, ok in found] == [(0, 1), (1, 0), (1, 1)]
+    for a, b in zip(
+        jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found[2][0]))

@@ -73,7 +73,7 @@ def what_stays(state):
         state.params,
         state.model_state,
         state.opt_state,
-        (kept.norms, kept.value, kept.memory, kept.ascent),
+        (kept.norms, kept.value, kept.memory, kept.ascent, kept.select),
     )
 
 
@@ -85,6 +85,7 @@ METHODS = {
     "looksam": lambda: lwsam.looksam(0.1, period=2),
     "friendly": lambda: lwsam.friendly_sam(0.1),
     "esam": lambda: lwsam.esam(0.1),
+    "gate": lambda: lwsam.ae_sam(0.1, STEPS),
     "momentum": lambda: lwsam.Method(
         lwsam.top_k(1), rho=0.1, ascent=lwsam.momentum(), shape=lwsam.relative()
     ),
@@ -95,6 +96,7 @@ METHODS = {
     "micro": lambda: lwsam.Method(
         lwsam.everything(), rho=0.1, ascent=lwsam.micro_batch(0.25)
     ),
+    "bandit": lambda: lwsam.Method(lwsam.bandit(1), rho=0.1),
     "parts": lambda: lwsam.sam(0.1, split=lwsam.sub_batches(8)),
     "noisy parts": lambda: lwsam.Method(
         lwsam.everything(),
@@ -103,7 +105,13 @@ METHODS = {
         split=lwsam.sub_batches(3, clean=0.5),
     ),
 }
-DRAWN = ("esam", "random", "micro", "noisy parts")  # whose steps draw from their keys
+DRAWN = (
+    "esam",
+    "random",
+    "micro",
+    "bandit",
+    "noisy parts",
+)  # whose steps draw from their keys
 
 
 @functools.cache
@@ -128,7 +136,9 @@ def test_a_skip_leaves_all_that_was_learned_and_the_next_step_recovers(name):
     assert np.any(later) == (name != "plain")
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(DRAWN) - {"looksam"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(METHODS) - set(DRAWN) - {"looksam", "gate"})
+)
 def test_a_run_with_skips_is_the_run_without_these_batches_bit_for_bit(name):
     """Where nothing is drawn, and nothing follows `state.step`, which went on."""
     good = [batch(i) for i in range(STEPS) if i not in BAD]
@@ -307,6 +317,12 @@ ONLY_THE_ASCENT = {
     "a part of the batch": lambda: lwsam.Method(
         lwsam.everything(), rho=0.1, ascent=poisoned_part
     ),
+    "a part of the batch, before a gate": lambda: lwsam.Method(
+        lwsam.everything(),
+        rho=0.1,
+        ascent=poisoned_part,
+        when=lwsam.unusual(STEPS),
+    ),
     "the shape": lambda: lwsam.Method(
         lwsam.everything(),
         rho=0.1,
@@ -358,6 +374,7 @@ WHOLE_CLEAN_GRADIENT = {
         k=1, rho=0.5, alpha=0.8, normalize="full", rule=lwsam.leaves
     ),
     "esam": lambda: lwsam.esam(0.5, keep=1.0),
+    "gate": lambda: lwsam.ae_sam(0.5, STEPS),
 }
 
 

@@ -54,6 +54,10 @@ def gated(
         return finish()
     size = _tree.norm(ascent or ())
     is_open, kept = plan.gate.decide(memory.gate, size**2, plan.step)
+    if plan.guards:  # averages would never get rid of it
+        finite = _tree.all_finite(kept)
+        pick = lambda new, old: jnp.where(finite, new, old)
+        kept = jax.tree.map(pick, kept, memory.gate)
     out, after = jax.lax.cond(is_open, finish, plain)
     return out._replace(ascended=is_open), after._replace(gate=kept)
 
@@ -102,10 +106,16 @@ def fall_back(
     """
     if not plan.guards or plain is None:
         return found
-    taken = found[0].finite
+    out, after = found
+    spare, before = plain()
+    if out.ascended is not None:
+        spare = spare._replace(ascended=jnp.zeros_like(out.ascended))
+        before = before._replace(gate=after.gate)
+    taken = out.finite
     if not reads_all(plan, params):
         taken = taken | ~jnp.all(plan.bits)
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), found, plain())
+    pick = lambda a, b: jnp.where(taken, a, b)
+    return jax.tree.map(pick, found, (spare, before))
 
 
 def move(

@@ -136,7 +136,8 @@ class OneStep:
         if method.combine.freezes and plan.chosen:  # what stood still has none
             still = jnp.any(out.mask) & ~out.mask
             known = jnp.where(still, before.norms, known)
-        learned, chosen_by = method.look(before.select, known, out.mask)
+        told = out.mask if taken is None else out.mask & taken
+        learned, chosen_by = method.look(before.select, known, told)
         decided, unspent = self.purse.choose(
             chosen_by, state.step + 1 + len(before.pending), before.budget.unspent
         )

@@ -13,7 +13,7 @@ from .._engine.loss_scale import as_loss_scale
 
 # Where a step is skipped, these stay; counters, keys and the masks to come go on.
 _STATE = ("params", "model_state", "opt_state")
-_METHOD_STATE = ("norms", "value", "memory", "ascent")
+_METHOD_STATE = ("norms", "value", "memory", "ascent", "select")
 
 
 class Faults(NamedTuple):
