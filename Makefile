@@ -36,7 +36,7 @@ ARGS ?=
 LIBRARY_TESTS := tests lwsam_jax --ignore=tests/test_docs.py \
 	--ignore=tests/benchmarks
 
-.PHONY: help demo test test-slow test-floor test-newest lint format docs flops lock clean
+.PHONY: help demo readme test test-slow test-floor test-newest lint format docs flops lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ format: $(READY) ## rewrite the code in the project's style
 
 docs: $(READY) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+readme: $(READY) ## bring the README's tables up to date from committed rows
+	$(BIN)/python -m lwsam_bench.front.readme
 
 flops: $(READY) ## FLOPs of the compiled ResNet-20 step over a plain gradient
 	$(BIN)/lwsam-bench flops
