@@ -167,8 +167,8 @@ class Layers:
     ) -> jax.Array:
         """Returns the norm over the leaves of a group; of a stack one for each index."""
         stacks = [self.stacks[i] for i in places]
-        keep = [None if stack is None else stack.axis for stack in stacks]
-        return _tree.norm([flat[i] for i in places], dtype, keep)
+        keep = [stack.axis for stack in stacks if stack is not None]  # all or none are
+        return _tree.norm([flat[i] for i in places], dtype, keep or None)
 
     def at_leaf(self, values: Any, place: int) -> Any:
         """Returns what a leaf has of one value for each layer, to broadcast to it.
