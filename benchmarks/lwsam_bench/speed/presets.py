@@ -120,8 +120,10 @@ def run(
     """
     path = pathlib.Path(rows).expanduser()
     setting = {"model": model, "batch_size": batch_size, "image_size": image_size}
-    known = [row for row in read_rows(path) if row.items() >= setting.items()]
-    found = {row["preset"]: row for row in known}
+    is_ours = lambda row: row.items() >= setting.items()
+    there = list(read_rows(path))
+    others = [row for row in there if not is_ours(row)]
+    found = {row["preset"]: row for row in there if is_ours(row)}
     origin = provenance()
     for name in only or CASES:
         if name in found:
@@ -133,7 +135,7 @@ def run(
             highlight=False,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [found[n] for n in CASES if n in found])
+        write_rows(path, [*others, *(found[n] for n in CASES if n in found)])
     if page is not None:
         where = pathlib.Path(page).expanduser()
         text = table([found[n] for n in CASES if n in found])
