@@ -72,8 +72,11 @@ FLOORS = {
         ("tune",),
     ),
     "front": (("readme",),),
-    "tuning.report": (("summary",), ("page",)),
-    "tuning.runs": (("measures", "optimizers"), ("course",), ("runner",)),
+    "tuning.report": (("summary",), ("plot",), ("pareto",), ("page",)),
+    "tuning.runs": (
+        ("course", "measures", "optimizers"),
+        ("images", "runner", "text"),
+    ),
     "sharpness": (("plot",), ("measure",)),
     "comparison": (
         ("demo", "pareto_methods", "precision_train"),

@@ -24,7 +24,7 @@ from lwsam_bench.tuning.protocol import Protocol, Request
 from lwsam_bench.tuning.report import page, summary
 from lwsam_bench.tuning.results import Results
 from lwsam_bench.tuning.runs import measures, optimizers
-from lwsam_bench.tuning.runs.course import Course
+from lwsam_bench.tuning.runs.images import ImageCourse
 from lwsam_bench.tuning.runs.runner import Runner
 from lwsam_bench.tuning.tasks import TASKS
 
@@ -352,7 +352,7 @@ def test_rounding_and_shaking_touch_the_weights_alone():
 
 def test_a_tail_costs_its_share():
     task = dataclasses.replace(TASK, steps=(10, 10))
-    runner = Runner(Course(task, None), BY_NAME["sam-tail"])
+    runner = Runner(ImageCourse(task, None), BY_NAME["sam-tail"])
     config = {"lr": 0.1, "weight_decay": 1e-3, "steps": 10, "rho": 0.1}
     row = runner.run(Request("trial", 0, 0, config))
     assert row["price"] == pytest.approx(1.3)
@@ -360,17 +360,20 @@ def test_a_tail_costs_its_share():
 
 
 def test_validation_images_have_noise_and_are_not_learned_from():
-    course = Course(dataclasses.replace(TASK, noise=0.9), None)
+    course = ImageCourse(dataclasses.replace(TASK, noise=0.9), None)
     start = course.start(0)
-    images, labels = start.validation
+    ((images, labels),) = start.validation
+    batch = start.batches(40)
     assert len(images) == len(labels) == 10
     held = {x.tobytes() for x in np.asarray(images)}
-    seen = {x.tobytes() for i in range(40) for x in np.asarray(start.batch(i)["image"])}
+    seen = {x.tobytes() for i in range(40) for x in np.asarray(batch(i)["image"])}
     assert len(seen) > 80
     assert not held & seen
-    clean = Course(dataclasses.replace(TASK, noise=0.0), None).start(0).validation
-    assert np.array_equal(clean[0], images)
-    assert not np.array_equal(clean[1], labels)
+    ((clean, true),) = (
+        ImageCourse(dataclasses.replace(TASK, noise=0.0), None).start(0).validation
+    )
+    assert np.array_equal(clean, images)
+    assert not np.array_equal(true, labels)
 
 
 def _environment():

@@ -10,6 +10,12 @@ from lwsam_bench.models.smallcnn import SmallCNN
 from lwsam_bench.models.wrn import WideResNet
 
 
+_GPT_SIZES = {
+    "gpt-small": dict(context=16, width=32, depth=2, heads=4),
+    "gpt-tiny": dict(context=16, width=16, depth=1, heads=2),
+}
+
+
 def build(
     name: str,
     *,
@@ -41,9 +47,7 @@ def build(
     rngs = nnx.Rngs(seed)
     match parsed.family:
         case "gpt":
-            tiny = dict(context=16, width=16, depth=1, heads=2)
-            sizes = tiny if name == "gpt-tiny" else {}
-            return GPT(num_classes, **sizes, rngs=rngs)
+            return GPT(num_classes, **_GPT_SIZES.get(name, {}), rngs=rngs)
         case "vit":
             tiny = dict(image_size=16, patch=4, width=24, depth=2, heads=2, hidden=32)
             sizes = tiny if name == "vit-tiny" else {}

@@ -7,7 +7,7 @@ import re
 SCHEME = (
     "smallcnn, resnet<depth> with a depth of 6 n + 2 (resnet20), resnet<depth>w<width>"
     " with the channels of the first stage (resnet8w4), wrn<depth>-<width> with a depth"
-    " of 6 n + 4 (wrn28-10), vit-b16, vit-tiny, gpt or gpt-tiny"
+    " of 6 n + 4 (wrn28-10), vit-b16, vit-tiny, gpt, gpt-small or gpt-tiny"
 )
 PLAIN_WIDTH = 16  # channels of the first stage of a plain residual network
 
@@ -18,6 +18,7 @@ _FIXED = {
     "vit-b16": "vit",
     "vit-tiny": "vit",
     "gpt": "gpt",
+    "gpt-small": "gpt",
     "gpt-tiny": "gpt",
 }
 

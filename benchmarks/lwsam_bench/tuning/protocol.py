@@ -117,22 +117,24 @@ def tune(
 
 
 def merit(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return what makes a configuration the best: accuracy, and then loss.
+    """Return what makes a configuration the best: see `goodness`, mean over seeds.
 
-    Both of the last step on the validation images, whose labels have noise as those of
-    the training images; mean over seeds.
+    Of the last step, in validation, where labels have noise as those that are learned.
     """
-    found = [row["validation"] for row in rows]
-    losses = [_number(last["loss"]) for last in found]
-    return (
-        statistics.mean(last["accuracy"] for last in found),
-        -statistics.mean(losses),
-    )
+    found = [goodness(row["validation"]) for row in rows]
+    first, second = (statistics.mean(some) for some in zip(*found, strict=True))
+    return first, second
+
+
+def goodness(validation: Row) -> tuple[float, float]:
+    """Return what is the greater the better: accuracy, and then how low the loss is.
+
+    Where the row has `bits` (per character), it is the loss alone.
+    """
+    loss = validation["loss"]
+    low = -float("inf") if loss is None else -loss  # rows have no infinities
+    return low if "bits" in validation else validation["accuracy"], low
 
 
 def _best(tried: Mapping[int, Sequence[Row]]) -> int:
     return max(tried, key=lambda trial: merit(tried[trial]))
-
-
-def _number(loss: float | None) -> float:
-    return float("inf") if loss is None else loss  # rows have no infinities

@@ -86,8 +86,15 @@ class Results:
         self.rows = list(read(self._path))
         wanted = {**dataclasses.asdict(task), "trials": protocol.trials}
         wanted["steps"] = list(task.steps)  # as JSON has it
+        # Older rows lack what a task has got since, and had it as it is by default.
+        usual = {
+            x.name: x.default
+            for x in dataclasses.fields(Task)
+            if x.default is not dataclasses.MISSING
+        }
         for row in self.rows:
-            changes = differences({**row["task"], "trials": row["trials"]}, wanted)
+            found = {**usual, **row["task"], "trials": row["trials"]}
+            changes = differences(found, wanted)
             if changes:
                 raise UserError(
                     f"{self._path} holds runs of another tuning"

@@ -60,11 +60,13 @@ class Hand:
 
     def _runner_of(self, cell: Cell) -> Any:
         # Imported late: a tuning that is complete needs none of it.
-        from lwsam_bench.tuning.runs.course import Course
+        from lwsam_bench.tuning.runs.images import ImageCourse
         from lwsam_bench.tuning.runs.runner import Runner
+        from lwsam_bench.tuning.runs.text import TextCourse
 
         if self._course is None:
-            self._course = Course(self._task, self._data_dir)
+            kind = TextCourse if self._task.is_text else ImageCourse
+            self._course = kind(self._task, self._data_dir)
             self._origin = provenance()
         if self._runs != cell.method.name:
             self._runner = Runner(self._course, cell.method)

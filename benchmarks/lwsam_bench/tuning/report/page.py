@@ -1,18 +1,16 @@
 """Tables, sentences and a plot of a tuning, from its rows alone."""
 
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from matplotlib import pyplot as plt
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
-
 from lwsam_bench.pages import report
 from lwsam_bench.pages.docs import replace_generated
-from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.rows import Row, write_text
 from lwsam_bench.tuning import results
+from lwsam_bench.tuning.report import pareto, plot
 from lwsam_bench.tuning.report.summary import (
+    ACCURACY,
+    BITS,
     counted,
     Gap,
     gaps,
@@ -29,6 +27,11 @@ from lwsam_bench.tuning.tasks import title
 
 PAGE = "tuning"
 PRICES = (1.0, 1.1, 2.0)  # in gradients of the base optimizer, a step
+_CHANGES = (
+    "with images changed: noise of half a standard deviation on the pixels, a blur over"
+    " 3 x 3 pixels, half the contrast, half a standard deviation brighter, a fifth of the"
+    " pixels grey"
+)
 _NUMBERS = {
     "lr": "learning rate",
     "weight_decay": "weight decay",
@@ -43,32 +46,35 @@ def write(folder: pathlib.Path) -> None:
     if not rows:
         return
     write_text(folder / f"{PAGE}.md", section(rows, plot_folder=""))
-    plot(folder, rows)
+    plot.draw(folder, rows)
 
 
 def write_docs(tunings: pathlib.Path, docs: str) -> None:
-    """Bring the page `tuning.md` of the documentation up to date.
+    """Bring the pages `tuning.md` and `pareto.md` of the documentation up to date.
 
     Args:
       tunings: Folder whose folders have the rows of a tuning each.
-      docs: Folder of the page, with the folder `images`.
+      docs: Folder of the pages, with the folder `images`.
 
     Raises:
-      UserError: If there is no such page with its marks.
+      UserError: If a page is not there, or has not its marks.
     """
     page = pathlib.Path(docs) / f"{PAGE}.md"
-    write_text(page, replace_generated(page, PAGE, sections(tunings)))
-    for rows in _tunings(tunings):
-        plot(page.parent / "images", rows)
+    found = all_rows(tunings)
+    write_text(page, replace_generated(page, PAGE, sections(found)))
+    pareto.write_docs(found, docs)
+    for rows in found:
+        plot.draw(page.parent / "images", rows)
 
 
-def sections(tunings: pathlib.Path) -> str:
-    """Return what the page of the documentation has between its marks."""
-    made = [section(rows, plot_folder="images/") for rows in _tunings(tunings)]
+def sections(tunings: Sequence[Sequence[Row]]) -> str:
+    """Return what the page `tuning.md` has between its marks, of such rows."""
+    made = [section(rows, plot_folder="images/") for rows in tunings]
     return "\n".join(made) or "No rows yet.\n"
 
 
-def _tunings(folder: pathlib.Path) -> list[list[Row]]:
+def all_rows(folder: pathlib.Path) -> list[list[Row]]:
+    """Return the rows of each tuning whose folder is in a folder."""
     found = sorted(folder.glob(f"*/{results.ROWS}"))
     return [rows for path in found if (rows := list(results.read(path)))]
 
@@ -82,9 +88,10 @@ def section(rows: Sequence[Row], plot_folder: str) -> str:
         if not some:
             continue
         lines += [
-            f"![Accuracy over gradients]({plot_folder}{_plot_name(rows, family)})",
+            f"![Accuracy over gradients]({plot_folder}{plot.name(rows, family)})",
             _accuracy_table(some),
             "\n".join(f"- {x}" for x in _sentences(some, family)),
+            _parts_table(some),
             _survival_table(some),
             _config_table(some),
             _harmless(some),
@@ -94,10 +101,11 @@ def section(rows: Sequence[Row], plot_folder: str) -> str:
 
 def _facts(rows: Sequence[Row]) -> str:
     task, origin = rows[-1]["task"], rows[-1]["origin"]
+    items = "characters" if task["dataset"] == "tiny_shakespeare" else "images"
     draws = len({row["draws"] for row in rows})
     seeds = len({row["seed"] for row in rows if row["phase"] == "final"})
     return (
-        f"{task['train_images']:,} training images, a tenth of them for validation;"
+        f"{task['train_images']:,} training {items}, a tenth of them for validation;"
         f" {task['model']}, {task['steps'][0]} to {task['steps'][1]} steps."
         f" {rows[0]['trials']} trials for each method and set of draws, {draws}"
         f" {'sets' if draws > 1 else 'set'} of draws, {seeds} fresh seeds:"
@@ -113,7 +121,7 @@ def _duration(hours: float) -> str:
 def _accuracy_table(found: Mapping[str, list[Tuned]]) -> str:
     header = ["method", "price", "gradients", "seconds"]
     for name in ("last step", "selected step"):
-        header += [name, "over the base"]
+        header += [name, "from the base"]
     header += ["ECE"]
     cells = []
     for name, tuned in found.items():
@@ -126,38 +134,60 @@ def _accuracy_table(found: Mapping[str, list[Tuned]]) -> str:
         ]
         for stop in STOPS:
             row += [
-                each(lambda t, stop=stop: _percent(*t.mean(stop, "accuracy"))),
+                each(lambda t, stop=stop: _score(t, stop)),
                 _gap(worst(gaps(found, name, stop)), tuned[0].method.is_base),
             ]
         row += [each(lambda t: f"{100 * t.mean('last', 'ece')[0]:.1f}")]
         cells.append(row)
     notes = (
-        "Test accuracy in %, mean ± standard error over the seeds, one number for each"
-        " set of draws. *Over the base* is the difference, paired by seed, in the set of"
-        " draws where it is smaller; in brackets if it is within two standard errors."
+        f"{_named(found)}, mean ± standard error over the seeds, one number for each"
+        " set of draws. *From the base* is the difference, paired by seed, in the set of"
+        " draws where it is worse; in brackets if it is within two standard errors."
         " Price is in gradients a step. ECE, in %, is at the last step."
     )
     return report.markdown(header, cells, notes).rstrip()
 
 
-def _survival_table(found: Mapping[str, list[Tuned]]) -> str:
-    names = list(next(iter(found.values()))[0].one["last"]["survival"])
+def _parts_table(found: Mapping[str, list[Tuned]]) -> str:
+    """Return what is left of each turn; nothing where there is one."""
+    if "parts" not in next(iter(found.values()))[0].one["last"]:
+        return ""
     cells = []
     for tuned in found.values():
-        row = [
-            tuned[0].method.label,
-            "; ".join(_percent(*t.mean("last", "accuracy")) for t in tuned),
-        ]
+        row = [tuned[0].method.label]
+        for number in range(2):
+            pairs = [t.part(number) for t in tuned]
+            row.append("; ".join(ACCURACY.text(*x) for x in pairs))
+        cells.append(row)
+    notes = "Test accuracy in % of the last step, after both turns."
+    return report.markdown(
+        ["method", "first turn", "second turn"], cells, notes
+    ).rstrip()
+
+
+def _survival_table(found: Mapping[str, list[Tuned]]) -> str:
+    every = [t for tuned in found.values() for t in tuned]
+    # Older rows have fewer of them.
+    names = list(dict.fromkeys(n for t in every for n in t.one["last"]["survival"]))
+    cells = []
+    for tuned in found.values():
+        row = [tuned[0].method.label, "; ".join(_score(t, "last") for t in tuned)]
         for name in names:
             numbers = [t.mean("last", "survival", name) for t in tuned]
-            row.append("; ".join(_percent(*x) for x in numbers))
-        cells.append(row)
+            row.append("; ".join(tuned[0].measure.text(*x) for x in numbers))
+        cells.append([x.replace("nan", "–") for x in row])
     notes = (
-        "Test accuracy in % of the last step: as trained, with the weights rounded to so"
-        " many bits, with noise of a share of each layer's norm on the weights, and with"
-        " noise of half a standard deviation on the pixels."
+        f"{_named(found)}, of the last step: as trained, with the weights rounded to so"
+        " many bits, with noise of a share of each layer's norm on the weights"
     )
+    notes += "." if every[0].measure is BITS else f", and {_CHANGES}."
     return report.markdown(["method", "as trained", *names], cells, notes).rstrip()
+
+
+def _named(found: Mapping[str, list[Tuned]]) -> str:
+    measure = next(iter(found.values()))[0].measure
+    name = measure.name[:1].upper() + measure.name[1:]
+    return f"{name} in %" if measure is ACCURACY else f"{name} (fewer are better)"
 
 
 def _config_table(found: Mapping[str, list[Tuned]]) -> str:
@@ -218,90 +248,20 @@ def _sentences(found: Mapping[str, list[Tuned]], family: str) -> list[str]:
                 lines.append(f"{where}: no difference to {base}.")
                 continue
             gap, tuned = max(better, key=lambda x: x[0].mean)
-            accuracy = counted(tuned, stop).mean(stop, "accuracy")
+            score, measure = _score(counted(tuned, stop), stop), tuned[0].measure
             lines.append(
-                f"{where}: **{tuned[0].method.label}**, {_percent(*accuracy)} %,"
-                f" {_signed(gap)} points over {base}."
+                f"{where}: **{tuned[0].method.label}**, {score} {measure.unit},"
+                f" {gap} {measure.points} from {base}."
             )
     return lines
 
 
-def _percent(mean: float, error: float) -> str:
-    spread = "" if math.isnan(error) else f" ± {100 * error:.1f}"
-    return f"{100 * mean:.1f}{spread}"
+def _score(tuned: Tuned, stop: str) -> str:
+    return tuned.measure.text(*tuned.score(stop))
 
 
 def _gap(gap: Gap | None, is_base: bool) -> str:
     if gap is None or is_base:
         return "–"
-    text = _signed(gap)
+    text = str(gap)
     return f"({text})" if gap.verdict == "no difference" else text
-
-
-def _signed(gap: Gap) -> str:
-    error = "" if math.isnan(gap.error) else f" ± {100 * gap.error:.1f}"
-    return f"{100 * gap.mean:+.1f}{error}"
-
-
-def _plot_name(rows: Sequence[Row], family: str) -> str:
-    task = rows[0]["task"]
-    noise = f"noise{task['noise'] * 100:g}"
-    return f"tuning-{task['name']}-{noise}-batch{task['batch_size']}-{family}.png"
-
-
-def plot(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Draw accuracy over total gradients, with the base's curve of fewer and more steps.
-
-    Of a method's sets of draws it has the one that counts, of the base both.
-    """
-    found = summarize(rows)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}") from error
-    for family in ("sgd", "adamw"):
-        some = [t for t in found.values() if t[0].method.family == family]
-        if not some:
-            continue
-        figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-        _draw_lengths(axis, rows, family)
-        for number, tuned in enumerate(some):
-            again, place = divmod(number, len(report.COLOURS))
-            one = counted(tuned, "last")
-            mean, error = one.mean("last", "accuracy")
-            axis.errorbar(
-                one.mean("gradients")[0],
-                mean,
-                yerr=0.0 if math.isnan(error) else error,
-                color=report.COLOURS[place],
-                marker="os^Dv"[again % 5],
-                ls="",
-                elinewidth=0.7,
-                capsize=2,
-                label=tuned[0].method.label,
-            )
-        axis.set(
-            xscale="log",
-            xlabel="gradients of the whole run",
-            title=f"{title(rows[0]['task'])}: test accuracy, last step",
-        )
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_formatter(ScalarFormatter())
-        figure.legend(loc="outside right upper", frameon=False, fontsize=7)
-        report._save(figure, [axis], folder / _plot_name(rows, family))
-
-
-def _draw_lengths(axis: object, rows: Sequence[Row], family: str) -> None:
-    """Draw what the base optimizer has with half, the same and twice the steps."""
-    mine = [r for r in rows if r["method"] == family and r["phase"] == "final"]
-    for draws in sorted({row["draws"] for row in mine}):
-        points = []
-        for length in sorted({row["length"] for row in mine}):
-            some = [r for r in mine if (r["draws"], r["length"]) == (draws, length)]
-            if some:
-                accuracy = [row["last"]["accuracy"] for row in some]
-                points.append(
-                    (some[0]["gradients"], report.mean_and_error(accuracy)[0])
-                )
-        axis.plot(*zip(*points, strict=True), color=report.COLOURS[0], lw=1.5)  # type: ignore

@@ -2,19 +2,57 @@
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lwsam_bench.pages.report import mean_and_error
 from lwsam_bench.support.rows import Row
-from lwsam_bench.tuning.methods import Method, METHODS
+from lwsam_bench.tuning.methods import BY_NAME, Method, METHODS
 from lwsam_bench.tuning.protocol import merit
 from lwsam_bench.tuning.space import Range
 
 
 STOPS = {"last": "last step", "selected": "step that validation selects"}
 HARMLESS = 0.2  # of the range of the radius, at its lower end
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What counts on a task.
+
+    Attributes:
+      field: Its name in the rows.
+      name: Its name on a page.
+      unit: What stands behind a number; it is "%" for a share.
+      points: What stands behind a difference.
+      sign: 1 if more is better, else -1.
+    """
+
+    field: str
+    name: str
+    unit: str
+    points: str
+    sign: int = 1
+
+    def number(self, value: float, signed: bool = False) -> str:
+        """Return a number, or a difference with its sign, as a page has it."""
+        if self.unit == "%":
+            return f"{100 * value:{'+' * signed}.1f}"
+        return f"{value:{'+' * signed}.3f}"
+
+    def text(self, mean: float, error: float, signed: bool = False) -> str:
+        """Return a mean with its standard error, unless that is NaN."""
+        spread = "" if math.isnan(error) else f" ± {self.number(error)}"
+        return self.number(mean, signed) + spread
+
+
+ACCURACY = Measure("accuracy", "test accuracy", "%", "points")
+BITS = Measure("bits", "bits per character of the test", "bits", "bits", sign=-1)
+
+
+def measure_of(last: Row) -> Measure:
+    """Return what counts, given what was measured at the end of a run."""
+    return BITS if "bits" in last else ACCURACY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +77,11 @@ class Tuned:
         return next(iter(self.rows.values()))
 
     @property
+    def measure(self) -> Measure:
+        """What counts on its task."""
+        return measure_of(self.one["last"])
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """The configuration, with the steps that were run."""
         return {**self.one["config"], "steps": self.one["steps"]}
@@ -48,8 +91,17 @@ class Tuned:
         return mean_and_error(self.values(*fields))
 
     def values(self, *fields: str) -> list[float]:
-        """Return a number of each row."""
+        """Return a number of each row; NaN where it has none."""
         return [_at(row, fields) for row in self.rows.values()]
+
+    def score(self, stop: str) -> tuple[float, float]:
+        """Return mean and standard error of what counts, by one of `STOPS`."""
+        return self.mean(stop, self.measure.field)
+
+    def part(self, number: int) -> tuple[float, float]:
+        """Return mean and standard error of the last accuracy on a turn's classes."""
+        last = [row["last"]["parts"][number] for row in self.rows.values()]
+        return mean_and_error(last)
 
     @property
     def radius_place(self) -> float | None:
@@ -65,12 +117,18 @@ class Gap:
     """A difference of two methods, paired by seed.
 
     Attributes:
-      mean: Mean difference.
+      mean: Mean lead, above 0 where the first one is better.
       error: Its standard error; NaN for one seed.
+      measure: What counts.
     """
 
     mean: float
     error: float
+    measure: Measure = ACCURACY
+
+    def __str__(self) -> str:
+        """Return the difference as a page has it: fewer bits are below 0."""
+        return self.measure.text(self.measure.sign * self.mean, self.error, signed=True)
 
     @property
     def verdict(self) -> str:
@@ -87,25 +145,33 @@ def summarize(rows: Sequence[Row]) -> dict[str, list[Tuned]]:
     """
     found: dict[str, list[Tuned]] = {}
     for method in METHODS:
-        mine = [row for row in rows if row["method"] == method.name]
-        for draws in sorted({row["draws"] for row in mine}):
-            here = [row for row in mine if row["draws"] == draws]
-            final = [row for row in here if row["phase"] == "final"]
-            lengths = [
-                [row for row in final if row["length"] == length]
-                for length in (1.0, 2.0)
+        by_draws: dict[int, list[Tuned]] = {}
+        for length in (1.0, 2.0):
+            for tuned in length_of(rows, method.name, length):
+                by_draws.setdefault(tuned.draws, []).append(tuned)
+        if by_draws:
+            found[method.name] = [
+                max(some, key=lambda t: merit(list(t.rows.values())))
+                for _, some in sorted(by_draws.items())
             ]
-            whole = [some for some in lengths if some]
-            if not whole:
-                continue
-            best = max(whole, key=merit)
-            tuned = Tuned(
-                method,
-                draws,
-                {row["seed"]: row for row in sorted(best, key=lambda r: r["seed"])},
-                sum(row["phase"] == "trial" for row in here),
-            )
-            found.setdefault(method.name, []).append(tuned)
+    return found
+
+
+def length_of(rows: Sequence[Row], name: str, length: float) -> list[Tuned]:
+    """Return a method's final runs at one of `protocol.LENGTHS` in each set of draws."""
+    mine = [row for row in rows if row["method"] == name]
+    found = []
+    for draws in sorted({row["draws"] for row in mine}):
+        here = [row for row in mine if row["draws"] == draws]
+        final = [
+            row for row in here if row["phase"] == "final" and row["length"] == length
+        ]
+        if final:
+            by_seed = {
+                row["seed"]: row for row in sorted(final, key=lambda r: r["seed"])
+            }
+            trials = sum(row["phase"] == "trial" for row in here)
+            found.append(Tuned(BY_NAME[name], draws, by_seed, trials))
     return found
 
 
@@ -127,13 +193,15 @@ def gaps(found: Mapping[str, list[Tuned]], name: str, stop: str) -> list[Gap]:
 
 
 def gap(ours: Tuned, theirs: Tuned, stop: str) -> Gap | None:
-    """Return a difference in accuracy over the seeds that both have; None without any."""
+    """Return a lead in what counts over the seeds that both have; None without any."""
+    fields = stop, ours.measure.field
     pairs = [
-        ours.rows[seed][stop]["accuracy"] - theirs.rows[seed][stop]["accuracy"]
+        ours.measure.sign
+        * (_at(ours.rows[seed], fields) - _at(theirs.rows[seed], fields))
         for seed in ours.rows
         if seed in theirs.rows
     ]
-    return Gap(*mean_and_error(pairs)) if pairs else None
+    return Gap(*mean_and_error(pairs), ours.measure) if pairs else None
 
 
 def worst(some: Sequence[Gap]) -> Gap | None:
@@ -142,8 +210,8 @@ def worst(some: Sequence[Gap]) -> Gap | None:
 
 
 def counted(tuned: Sequence[Tuned], stop: str) -> Tuned:
-    """Return the set of draws that counts: the one of the lower accuracy."""
-    return min(tuned, key=lambda t: t.mean(stop, "accuracy")[0])
+    """Return the set of draws that counts: the worse one."""
+    return min(tuned, key=lambda t: t.measure.sign * t.score(stop)[0])
 
 
 def payable(
@@ -171,10 +239,5 @@ def _of_draws(tuned: Sequence[Tuned], draws: int) -> Tuned | None:
 def _at(row: Row, fields: Sequence[str]) -> float:
     value: Any = row
     for field in fields:
-        value = value[field]
+        value = value.get(field)
     return math.nan if value is None else value
-
-
-def spread(values: Sequence[float]) -> float:
-    """Return the median, for numbers that do not change between seeds but for noise."""
-    return statistics.median(values)

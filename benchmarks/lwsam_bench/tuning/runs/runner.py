@@ -11,7 +11,7 @@ import numpy as np
 import lwsam_jax as lwsam
 from lwsam_bench.support.rows import Row
 from lwsam_bench.tuning.methods import Method, TAIL_START
-from lwsam_bench.tuning.protocol import Request
+from lwsam_bench.tuning.protocol import goodness, Request
 from lwsam_bench.tuning.runs import optimizers
 from lwsam_bench.tuning.runs.course import Course, NUMBERS, Start
 
@@ -52,18 +52,21 @@ class Runner:
         marks = _marks(steps, POINTS if is_final else 1)
         numbers = {n: jnp.float32(config[n]) for n in NUMBERS[self._method.loss]}
         state = self._start(start, config, numbers)
+        batch = start.batches(steps)
         overheads, best, seconds = [], None, 0.0
         validated: list[Row] = []
         for begin, end in zip([0, *marks], marks, strict=False):
             resumed = time.perf_counter()
             for number in range(begin, end):
-                state, info = self._step(state, {**start.batch(number), **numbers})
+                state, info = self._step(state, {**batch(number), **numbers})
                 overheads.append(info.overhead)
             jax.block_until_ready(state.step)
             seconds += time.perf_counter() - resumed
             kept = optimizers.weights_to_use(state.opt_state, state.params)
             validated.append({"step": end, **self._course.validate(kept, start)})
-            if is_final and (best is None or _merit(validated[-1]) > _merit(best[0])):
+            if is_final and (
+                best is None or goodness(validated[-1]) > goodness(best[0])
+            ):
                 # Steps donate their state.
                 best = validated[-1], jax.tree.map(jnp.copy, kept)
         compiling = self._step.compile_seconds - compiled
@@ -91,7 +94,7 @@ class Runner:
             self._first = self._step.init(
                 start.params,
                 start.model_state,
-                {**start.batch(0), **numbers},
+                {**start.batches(1)(0), **numbers},
                 key=jax.random.key(0),
             )
         copied = jax.tree.map(jnp.copy, self._first)
@@ -125,8 +128,3 @@ class Runner:
 def _marks(steps: int, points: int) -> list[int]:
     """Return the steps at which a run is validated; the last one is its end."""
     return sorted({max(1, round(steps * (i + 1) / points)) for i in range(points)})
-
-
-def _merit(validated: Row) -> tuple[float, float]:
-    loss = validated["loss"]
-    return validated["accuracy"], -(float("inf") if loss is None else loss)
