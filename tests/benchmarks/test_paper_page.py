@@ -95,13 +95,13 @@ def folder(tmp_path_factory):
     rows = "| method | ρ |\n| --- | ---: |\n| a\\|b | 1 |\n"
     (folder / "demo-table.md").write_text(f"{rows}\nNotes <b>x</b>.\n")
     draw(folder / "selection.png", (30, 20))
-    below = folder / "pareto"
-    (below / "images").mkdir(parents=True)
-    (below / "pareto.md").write_text(
-        f"## Digits\n\n![A plot](images/pareto-digits.png)\n\n{rows}\n"
+    below = folder / "tune"
+    below.mkdir()
+    (below / "tuning.md").write_text(
+        f"## Digits\n\n![A plot](tuning-digits.png)\n\n{rows}\n"
         "What a price buys:\n\n- Up to 1.1: **all** of [it](http://example.org).\n"
     )
-    draw(below / "images" / "pareto-digits.png", (30, 20))
+    draw(below / "tuning-digits.png", (30, 20))
     return folder
 
 
@@ -204,7 +204,7 @@ def test_markdown(text, folder):
     assert "| None (SGD) |  | 91.63 ± 0.3 % |" in lines
     assert "Scale: not run here." in lines
     assert f"lwsam-bench lm --scale smoke --out {folder}" in lines
-    assert "- [What a price buys, in accuracy](pareto/pareto.md)" in lines
+    assert "- [Methods that are tuned alike](tune/tuning.md)" in lines
     alone = [line for line in lines if "<script>" in line.replace("\\<", "")]
     assert not alone, "not escaped"
 

@@ -79,9 +79,8 @@ FLOORS = {
     ),
     "sharpness": (("plot",), ("measure",)),
     "comparison": (
-        ("demo", "pareto_methods", "precision_train"),
-        ("demo_run", "pareto_report", "pareto_train", "precision"),
-        ("pareto",),
+        ("demo", "precision_train"),
+        ("demo_run", "precision"),
     ),
     "speed": (
         ("flops", "workloads"),
@@ -113,7 +112,6 @@ FLOORS = {
             "demo",
             "flops",
             "paper",
-            "pareto",
             "precision",
             "sharpness",
             "speed",

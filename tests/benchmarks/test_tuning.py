@@ -21,7 +21,7 @@ from lwsam_bench.support.errors import UserError
 from lwsam_bench.tuning import results, tune, workers
 from lwsam_bench.tuning.methods import BY_NAME, choose
 from lwsam_bench.tuning.protocol import Protocol, Request
-from lwsam_bench.tuning.report import page, summary
+from lwsam_bench.tuning.report import page, pareto, summary
 from lwsam_bench.tuning.results import Results
 from lwsam_bench.tuning.runs import measures, optimizers
 from lwsam_bench.tuning.runs.images import ImageCourse
@@ -210,6 +210,8 @@ def test_the_page_is_made_of_rows(finished, tmp_path):
     docs.mkdir()
     target = docs / "tuning.md"
     target.write_text("# Title\n\n{}\nold\n{}\n".format(*docs_page.marks("tuning")))
+    beside = docs / "pareto.md"
+    beside.write_text("{}\n{}\n".format(*docs_page.marks("pareto")))
     (tmp_path / "all").mkdir()
     shutil.copytree(finished, tmp_path / "all" / "digits")
     for _ in range(2):
@@ -217,17 +219,20 @@ def test_the_page_is_made_of_rows(finished, tmp_path):
     assert text.splitlines()[0] in target.read_text()
     assert "old" not in target.read_text()
     assert (docs / "images" / name).exists()
+    assert f"](images/{name})" in beside.read_text()
+    assert "| **SGD, half the steps** |" in beside.read_text()
     target.write_text("no marks")
     with pytest.raises(UserError, match="no page with the marks"):
         page.write_docs(tmp_path / "all", str(docs))
 
 
-def test_the_page_of_the_documentation_is_that_of_the_committed_rows():
-    opening, closing = docs_page.marks("tuning")
-    _, _, rest = (ROOT / "docs" / "tuning.md").read_text().partition(opening)
+@pytest.mark.parametrize("made", [page, pareto])
+def test_the_pages_of_the_documentation_are_those_of_the_committed_rows(made):
+    opening, closing = docs_page.marks(made.PAGE)
+    _, _, rest = (ROOT / "docs" / f"{made.PAGE}.md").read_text().partition(opening)
     shown, _, _ = rest.partition(closing)
-    tunings = ROOT / "benchmarks" / "results" / "tune"
-    assert shown.strip() == page.sections(tunings).strip()
+    tunings = page.all_rows(ROOT / "benchmarks" / "results" / "tune")
+    assert shown.strip() == made.sections(tunings).strip()
 
 
 def test_a_page_without_the_base_has_no_differences(finished):

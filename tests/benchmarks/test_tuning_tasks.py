@@ -11,7 +11,7 @@ from lwsam_bench.support.errors import UserError
 from lwsam_bench.tuning import results
 from lwsam_bench.tuning.methods import BY_NAME
 from lwsam_bench.tuning.protocol import goodness, merit, Protocol, Request
-from lwsam_bench.tuning.report import page, summary
+from lwsam_bench.tuning.report import page, pareto, summary
 from lwsam_bench.tuning.runs import measures
 from lwsam_bench.tuning.runs.images import ImageCourse, in_turn
 from lwsam_bench.tuning.runs.runner import Runner
@@ -216,6 +216,67 @@ def test_the_page_of_a_text_counts_bits(tmp_path):
     assert "Up to 2.00, at the last step: no difference to AdamW." in text
     page.plot.draw(tmp_path, rows)
     assert (tmp_path / "tuning-shakespeare-noise0-batch100-adamw.png").exists()
+
+
+def final(name, length, gradients, *accuracies, draws=0):
+    """Final rows of a method, of one length, on the digits."""
+    for seed, accuracy in enumerate(accuracies):
+        judged = {"accuracy": accuracy, "loss": 1.0}
+        yield {
+            "method": name,
+            "draws": draws,
+            "phase": "final",
+            "seed": seed,
+            "length": length,
+            "gradients": gradients,
+            "validation": judged,
+            "last": judged,
+            "task": dataclasses.asdict(TASKS["digits"]),
+        }
+
+
+def test_a_method_stands_beside_the_base_that_may_cost_as_much():
+    rows = [
+        *final("sgd", 0.5, 50.0, 0.6, 0.7),
+        *final("sgd", 1.0, 100.0, 0.7, 0.9),
+        *final("sgd", 2.0, 200.0, 0.9, 1.0),
+        *final("sam", 1.0, 120.0, 0.8, 0.98),  # dearer than SGD, not than twice
+        *final("micro", 1.0, 30.0, 0.5, 0.6),  # cheaper than all of them
+        *final("momentum", 1.0, 100.2, 0.85, 0.8),  # as dear, but for rounding
+    ]
+    found = {point.label: point for point in pareto.points(rows, "sgd")}
+    assert found["SAM"].rival.one["length"] == 1.0
+    assert found["SAM"].lead.mean == pytest.approx(0.09)
+    assert found["10 examples"].rival.one["length"] == 0.5
+    assert found["momentum"].rival.one["length"] == 1.0
+    best = [point.label for point in pareto.front([*found.values()])]
+    # Its price apart, SGD as tuned has 80 %, and momentum 82.5 %.
+    assert best == [
+        "10 examples",
+        "SGD, half the steps",
+        "SGD, as tuned",
+        "momentum",
+        "SAM",
+        "SGD, twice the steps",
+    ]
+    text = pareto.section(rows)
+    assert "| **SAM** | 120 | 89.0 ± 9.0 | 100 | 80.0 ± 10.0 | +9.0 ± 1.0 |" in text
+    assert "Ahead of SGD that may cost as much: SAM." in text
+    assert "Not run: Nesterov, " in text
+
+
+def test_what_is_not_there_is_said():
+    rows = [
+        *final("sgd", 1.0, 100.0, 0.7, 0.9),
+        *final("sgd", 1.0, 100.0, 0.7, 0.9, draws=1),
+        *final("sam", 1.0, 200.0, 0.7, 0.9),
+    ]
+    text = pareto.sections([rows])
+    assert "Not finished: SAM." in text
+    assert "No method is ahead of SGD that may cost as much: no difference." in text
+    assert f"No rows yet of: {TITLES['fashion-1000']}; " in text
+    assert "\n| SAM | 200 | 80.0" in text
+    assert pareto.sections([]).startswith("No rows yet of: Digits; ")
 
 
 def test_rows_of_before_a_task_had_turns_are_gone_on_with(tmp_path):

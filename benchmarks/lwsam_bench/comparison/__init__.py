@@ -1,1 +1,1 @@
-"""Methods side by side on small data: the demo, and accuracy over cost."""
+"""Methods side by side on small data: the demo, and precisions."""

@@ -37,11 +37,7 @@ KINDS = (
         ("learning-curves.png", "layer-norms.png", "selection.png"),
     ),
     Kind("Time and memory of a step", "speed-table.md", ("speed-*.png",)),
-    Kind(
-        "What a price buys, in accuracy",
-        "pareto*.md",
-        ("pareto*.png", "images/pareto*.png"),
-    ),
+    Kind("Methods that are tuned alike", "tuning.md", ("tuning-*.png",)),
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lwsam_bench.pages import report
 from lwsam_bench.pages.docs import replace_generated
 from lwsam_bench.support.rows import Row, write_text
-from lwsam_bench.tuning.methods import BY_NAME
+from lwsam_bench.tuning.methods import BY_NAME, METHODS
 from lwsam_bench.tuning.protocol import LENGTHS, merit
 from lwsam_bench.tuning.report import plot
 from lwsam_bench.tuning.report.summary import (
@@ -15,6 +15,7 @@ from lwsam_bench.tuning.report.summary import (
     Gap,
     gap,
     length_of,
+    Measure,
     summarize,
     Tuned,
     worst,
@@ -89,6 +90,12 @@ def section(rows: Sequence[Row]) -> str:
             _table(some, front(some), family),
             _sentence(some, family),
         ]
+        begun = {row["method"] for row in rows}
+        absent = [
+            m.label for m in METHODS if m.family == family and m.name not in begun
+        ]
+        if absent:
+            lines.append(f"Not run: {', '.join(absent)}.")
     unfinished = _unfinished(rows)
     if unfinished:
         lines.append(f"Not finished: {', '.join(unfinished)}.")
@@ -127,15 +134,14 @@ def points(rows: Sequence[Row], family: str) -> list[Point]:
 
 
 def front(some: Sequence[Point]) -> list[Point]:
-    """Return the points that none is better than at no higher cost, by their means."""
-    return [
-        point
-        for point in some
-        if not any(
-            other.gradients <= point.gradients and other.score > point.score
-            for other in some
-        )
-    ]
+    """Return the points that none is better than, nor as good at a lower cost."""
+
+    def beats(other: Point, point: Point) -> bool:
+        cost, score = other.gradients, other.score
+        no_worse = cost <= point.gradients and score >= point.score
+        return no_worse and (cost, score) != (point.gradients, point.score)
+
+    return [p for p in some if not any(beats(other, p) for other in some)]
 
 
 def _rival(base: Mapping[float, list[Tuned]], tuned: Tuned) -> Tuned | None:
@@ -183,17 +189,17 @@ def _table(some: Sequence[Point], best: Sequence[Point], family: str) -> str:
         name,
         "difference",
     ]
-    return report.markdown(header, cells, _notes(name)).rstrip()
+    return report.markdown(header, cells, _notes(name, measure)).rstrip()
 
 
-def _notes(name: str) -> str:
+def _notes(name: str, measure: Measure) -> str:
     return (
-        "Gradients of the whole run, and what counts at the last step, mean ± standard"
-        f" error, of the worse set of draws. Beside it {name} for no more gradients: the"
-        " best by validation of half, the same and twice the steps; the shortest where"
-        " all cost more. The difference is paired by seed, in the set of draws where it"
-        " is worse; in brackets if it is within two standard errors. In bold: nothing"
-        " that costs as little has a better mean."
+        f"Gradients of the whole run, and {measure.name} at the last step, mean ±"
+        f" standard error, of the worse set of draws. Beside it {name} for no more"
+        " gradients: the best by validation of half, the same and twice the steps; the"
+        " shortest where all cost more. The difference is paired by seed, in the set of"
+        " draws where it is worse; in brackets if it is within two standard errors. In"
+        " bold: nothing has a better mean for as little, nor the same for less."
     )
 
 
