@@ -262,7 +262,7 @@ def test_a_method_stands_beside_the_base_that_may_cost_as_much():
     text = pareto.section(rows)
     assert "| **SAM** | 120 | 89.0 ± 9.0 | 100 | 80.0 ± 10.0 | +9.0 ± 1.0 |" in text
     assert "Ahead of SGD that may cost as much: SAM." in text
-    assert "Not run: Nesterov, " in text
+    assert "Not run: Nesterov; " in text
 
 
 def test_what_is_not_there_is_said():

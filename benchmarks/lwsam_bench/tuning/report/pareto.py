@@ -95,10 +95,10 @@ def section(rows: Sequence[Row]) -> str:
             m.label for m in METHODS if m.family == family and m.name not in begun
         ]
         if absent:
-            lines.append(f"Not run: {', '.join(absent)}.")
+            lines.append(f"Not run: {'; '.join(absent)}.")
     unfinished = _unfinished(rows)
     if unfinished:
-        lines.append(f"Not finished: {', '.join(unfinished)}.")
+        lines.append(f"Not finished: {'; '.join(unfinished)}.")
     return "\n\n".join(lines) + "\n"
 
 
@@ -211,7 +211,7 @@ def _sentence(some: Sequence[Point], family: str) -> str:
         return f"Nothing is there to compare with {name}."
     if not ahead:
         return f"No method is ahead of {name} that may cost as much: no difference."
-    return f"Ahead of {name} that may cost as much: {', '.join(ahead)}."
+    return f"Ahead of {name} that may cost as much: {'; '.join(ahead)}."
 
 
 def _unfinished(rows: Sequence[Row]) -> list[str]:
