@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from lwsam_bench.support.errors import UserError
 
 
+TEXT = "tiny_shakespeare"  # the dataset that is no images
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A task; with a method, a configuration and a seed it decides a run.
@@ -49,7 +52,7 @@ class Task:
     @property
     def is_text(self) -> bool:
         """Whether the next character is learned, not the class of an image."""
-        return self.dataset == "tiny_shakespeare"
+        return self.dataset == TEXT
 
     @property
     def label(self) -> str:
@@ -68,7 +71,7 @@ TASKS: Mapping[str, Task] = {
         Task("cifar-2000", "cifar10", 2_000, pool=2, test_images=2_000),
         Task(
             "shakespeare",
-            "tiny_shakespeare",
+            TEXT,
             10_000,
             model="gpt-small",
             test_images=10_000,
@@ -91,6 +94,6 @@ def title(task: Mapping[str, object]) -> str:
     name, noise = str(task["name"]), task["noise"]
     batch = f"batch {task['batch_size']}"
     noisy = f"{noise:.0%} noise, " if noise else "no noise, "
-    if name == "shakespeare":
+    if task["dataset"] == TEXT:
         noisy = ""
     return f"{TITLES.get(name, name)}, {noisy}{batch}"

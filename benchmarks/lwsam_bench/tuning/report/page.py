@@ -22,7 +22,7 @@ from lwsam_bench.tuning.report.summary import (
     Tuned,
     worst,
 )
-from lwsam_bench.tuning.tasks import title
+from lwsam_bench.tuning.tasks import TEXT, title
 
 
 PAGE = "tuning"
@@ -101,7 +101,7 @@ def section(rows: Sequence[Row], plot_folder: str) -> str:
 
 def _facts(rows: Sequence[Row]) -> str:
     task, origin = rows[-1]["task"], rows[-1]["origin"]
-    items = "characters" if task["dataset"] == "tiny_shakespeare" else "images"
+    items = "characters" if task["dataset"] == TEXT else "images"
     draws = len({row["draws"] for row in rows})
     seeds = len({row["seed"] for row in rows if row["phase"] == "final"})
     return (
