@@ -53,6 +53,14 @@ def test_noise_stays_within_the_turn():
         assert {*(np.asarray(batch(step)["label"]) // 5)} == {step // 4}
 
 
+def test_a_turn_has_to_fill_a_batch():
+    course = ImageCourse(dataclasses.replace(TURNS, batch_size=60), None)
+    with pytest.raises(
+        UserError, match="--batch 60 is more than the 4. training images"
+    ):
+        course.start(0)
+
+
 def test_turns_share_the_steps():
     each = [lambda step: ("first", step), lambda step: ("second", step)]
     assert [in_turn(each, 3)(step) for step in range(3)] == [

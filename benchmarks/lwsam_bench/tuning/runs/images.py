@@ -15,6 +15,7 @@ from lwsam_bench.data import sources, splits
 from lwsam_bench.data.augment import Batches, normalize
 from lwsam_bench.models import by_name
 from lwsam_bench.models.network import Network
+from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.rows import Row
 from lwsam_bench.training.recipe import LossFn
 from lwsam_bench.tuning.runs import course, measures
@@ -151,6 +152,12 @@ class ImageCourse:
             order = order.permutation(len(train))
             held = round(course.VALIDATION * len(train))
             held_out, rest = np.sort(order[:held]), np.sort(order[held:])
+            if self.task.batch_size > len(rest):
+                raise UserError(
+                    f"--batch {self.task.batch_size} is more than the {len(rest)}"
+                    f" training images that {self.task.name} has"
+                    f"{' in a turn' if self.task.turns > 1 else ''}"
+                )
             batches.append(
                 _keeping(
                     Batches(
