@@ -17,7 +17,7 @@ from lwsam_bench.models import by_name
 from lwsam_bench.models.network import Network
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.rows import Row
-from lwsam_bench.training.recipe import LossFn
+from lwsam_bench.training.recipe import LossFn, make_loss_fn
 from lwsam_bench.tuning.runs import course, measures
 from lwsam_bench.tuning.runs.course import Start
 from lwsam_bench.tuning.tasks import Task
@@ -71,11 +71,9 @@ class ImageCourse:
 
     def loss_fn(self, kind: str) -> LossFn:
         """Return one of `LOSSES`; the batch has its numbers beside images and labels."""
-        return {
-            "plain": self._plain,
-            "smoothing": self._smoothed,
-            "penalty": self._penalized,
-        }[kind]
+        if kind == "plain":
+            return make_loss_fn(self._network) if self.task.turns == 1 else self._plain
+        return {"smoothing": self._smoothed, "penalty": self._penalized}[kind]
 
     def validate(self, params: Any, start: Start) -> Row:
         """Return accuracy, loss and calibration on the validation images."""
