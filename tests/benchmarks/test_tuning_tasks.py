@@ -218,7 +218,7 @@ def rows_of(task, **last):
 def test_the_page_of_a_text_counts_bits(tmp_path):
     rows = list(rows_of(TASKS["shakespeare"], bits=2.0))
     text = page.section(rows, plot_folder="")
-    assert text.startswith("## Tiny Shakespeare, 10,000 characters, batch 100\n")
+    assert text.startswith("## Tiny Shakespeare, 4,000 characters, batch 100\n")
     assert "Bits per character of the test (fewer are better)" in text
     assert "| 3.000 ± 0.000 | +1.000 ± 0.000 |" in text
     assert "Up to 2.00, at the last step: no difference to AdamW." in text

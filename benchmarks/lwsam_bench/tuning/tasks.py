@@ -72,7 +72,7 @@ TASKS: Mapping[str, Task] = {
         Task(
             "shakespeare",
             TEXT,
-            10_000,
+            4_000,
             model="gpt-small",
             test_images=10_000,
         ),
@@ -85,7 +85,7 @@ TITLES: Mapping[str, str] = {
     "forgetting-digits": "Forgetting: digits 0 to 4, then 5 to 9",
     "forgetting-fashion": "Forgetting: five classes of Fashion-MNIST, then the others",
     "cifar-2000": "CIFAR-10, 2,000 images of 16 x 16",
-    "shakespeare": "Tiny Shakespeare, 10,000 characters",
+    "shakespeare": "Tiny Shakespeare, 4,000 characters",
 }
 
 
