@@ -37,7 +37,7 @@ class Point:
       label: What it is called.
       gradients: Of the whole run.
       tuned: The set of draws that counts.
-      rival: The base optimizer at no higher cost, in the same set of draws.
+      rival: The base optimizer that may cost as much, in the same set of draws.
       lead: The difference of both in the set of draws where it is worse.
     """
 
@@ -145,17 +145,15 @@ def front(some: Sequence[Point]) -> list[Point]:
 
 
 def _rival(base: Mapping[float, list[Tuned]], tuned: Tuned) -> Tuned | None:
-    """Return the base optimizer at no higher cost, the best of these by validation.
+    """Return the base optimizer that may cost as much, the best of these by validation.
 
-    It is the shortest one where all cost more.
+    It was run at three lengths: the first that costs no less may be spent, and all below.
     """
     mine = [t for some in base.values() for t in some if t.draws == tuned.draws]
-    if not mine:
-        return None
-    within = [t for t in mine if _cost(t) <= _SLACK * _cost(tuned)]
-    if not within:
-        return min(mine, key=_cost)
-    return max(within, key=lambda t: merit(list(t.rows.values())))
+    mine.sort(key=_cost)
+    below = sum(_SLACK * _cost(t) < _cost(tuned) for t in mine)
+    allowed = mine[: below + 1]
+    return max(allowed, key=lambda t: merit(list(t.rows.values())), default=None)
 
 
 def _cost(tuned: Tuned) -> float:
@@ -195,10 +193,10 @@ def _table(some: Sequence[Point], best: Sequence[Point], family: str) -> str:
 def _notes(name: str, measure: Measure) -> str:
     return (
         f"Gradients of the whole run, and {measure.name} at the last step, mean ±"
-        f" standard error, of the worse set of draws. Beside it {name} for no more"
-        " gradients: the best by validation of half, the same and twice the steps; the"
-        " shortest where all cost more. The difference is paired by seed, in the set of"
-        " draws where it is worse; in brackets if it is within two standard errors. In"
+        f" standard error, of the worse set of draws. Beside it {name} that may cost as"
+        " much: the best by validation of half, the same and twice the steps, up to the"
+        " first of them that costs no less. The difference is paired by seed, in the set"
+        " of draws where it is worse; in brackets if it is within two standard errors. In"
         " bold: nothing has a better mean for as little, nor the same for less."
     )
 
