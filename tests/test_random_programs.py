@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import lwsam_jax as lwsam
-from hostile import compiled_examples, examples
+from hostile import compiled_examples, examples, only_our_errors
 from plain import assert_close, enable_x64, two_gradients
 from random_programs import arguments, LAYERS, programs
 
@@ -26,7 +26,11 @@ def assert_is_plain(program, selection, options, seed, mask, wrap=lambda f: f):
     with enable_x64(True):
         params, data = arguments(seed)
         named = selection if mask is None else lwsam.Cover(selection)
-        split = lwsam.value_and_grad(program.loss, named, has_aux=True, **options)
+        # Whole leaves: by itself it would take a matrix that a scan reads for a stack.
+        layers = lwsam.Layers.of(params)
+        split = lwsam.value_and_grad(
+            program.loss, named, layers=layers, has_aux=True, **options
+        )
         out = wrap(split)(params, data, **({} if mask is None else {"mask": mask}))
         if mask is not None:
             chosen = np.isin(LAYERS, selection) & mask
@@ -74,12 +78,14 @@ def test_so_it_has_operation_by_operation(program, selection, options, seed, mas
 @hypothesis.given(programs(), st.integers(0, 5))
 def test_layers_of_a_program_have_a_depth_and_a_price_each(program, seed):
     params, data = arguments(seed)
-    layers = lwsam.Layers.of(params, None, program.loss, data)
-    assert layers.names == LAYERS
-    assert sorted(layers.depth) == list(range(len(LAYERS)))
-    loss = lambda p, d: program.loss(p, d)[0]
-    cost = lwsam.step_cost(loss, params, data, layers=layers)
-    whole = cost.ratio(LAYERS)
-    assert cost.ratio(()) == 1.0
-    for name in LAYERS:
-        assert 0.99 <= cost.ratio((name,)) <= whole + 1e-6
+    with only_our_errors():  # where a scan reads each matrix there is no layer
+        layers = lwsam.Layers.of(params, None, program.loss, data)
+        scanned = any(line.operation == "scan" for line in program.lines)
+        assert set(layers.names) == set(LAYERS) or scanned
+        assert sorted(layers.depth) == list(range(len(layers)))
+        loss = lambda p, d: program.loss(p, d)[0]
+        cost = lwsam.step_cost(loss, params, data, layers=layers)
+        whole = cost.ratio(layers.names)
+        assert cost.ratio(()) == 1.0
+        for name in layers.names:
+            assert 0.99 <= cost.ratio((name,)) <= whole + 1e-6

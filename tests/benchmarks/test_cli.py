@@ -161,22 +161,39 @@ def test_a_run_of_another_configuration_is_refused(tmp_path, capsys):
     assert "config.json cannot be read" in capsys.readouterr().err
 
 
+def damage(folder):
+    for path in (folder / "state" / "d").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
 def test_a_damaged_checkpoint(command, tmp_path):
     # A process of its own: what it prints while it ends counts too.
     run = ["train", "--method", "sgd", "--steps", 2, "--out", tmp_path]
     assert command.run(*run)[0] == 0
-    for path in (tmp_path / "checkpoints" / "2" / "state" / "d").iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+    checkpoints = tmp_path / "checkpoints"
+    damage(checkpoints / "2")
     (tmp_path / "config.json").unlink()  # written last, so it need not be there
+    (tmp_path / "metrics.jsonl").write_text("")
     code, output = command.run(*run)
-    assert code == 2, output
-    assert f"{tmp_path / 'checkpoints' / '2'} cannot be read" in output
-    assert "go on from step 1" in output
+    assert code == 0, output
+    assert f"{checkpoints / '2'} cannot be read" in output
+    assert f"it is in {tmp_path / 'damaged-2'} now" in output
+    assert "going on from step 1 of 2" in output
     assert "Traceback" not in output
     assert "Exception ignored" not in output
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2"}
+    # Where none can be read, nothing is moved, and the remedy is named.
+    for step in (1, 2):
+        damage(checkpoints / str(step))
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text("")
+    code, output = command.run(*run)
+    assert code == 2, output
+    assert f"{checkpoints / '2'} cannot be read" in output
     assert output.count("\n") == 1
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2"}
 
 
 def test_a_file_of_arrays_is_a_dataset(tmp_path):

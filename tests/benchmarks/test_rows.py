@@ -1,6 +1,7 @@
 """Rows survive crashes, and are cut where a run goes on."""
 
 import math
+import os
 
 import pytest
 
@@ -32,6 +33,20 @@ def test_a_broken_line_further_up_is_an_error(tmp_path):
     path.write_text('{"step": 1}\nnothing\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         list(rows.read_rows(path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_is_full_is_said_once(tmp_path):
+    """Not again when the file is closed, whose buffer still holds the row."""
+
+    def write_to_a_full_disk():
+        with rows.MetricsFile(tmp_path / "metrics.jsonl") as file:
+            file._file.close()
+            file._file = open("/dev/full", "a")
+            file.write({"step": 1})
+
+    with pytest.raises(UserError, match="cannot write to /dev/full: .*No space left"):
+        write_to_a_full_disk()
 
 
 def test_no_file_has_no_rows(tmp_path):

@@ -10,6 +10,7 @@ from lwsam_bench.commands import (
     accelerator,
     cost,
     demo,
+    faults,
     flops,
     paper,
     precision,
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         precision,
         cost,
         accelerator,
+        faults,
         paper,
     ):
         command.add(commands, _start)

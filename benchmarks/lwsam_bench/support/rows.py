@@ -1,5 +1,6 @@
 """What a run leaves behind: `config.json`, and `metrics.jsonl` with one row a line."""
 
+import contextlib
 import json
 import math
 import os
@@ -30,28 +31,36 @@ class MetricsFile:
         kept = [row for row in rows if row.get("step", 0) <= (keep_until or 0)]
         # The new file replaces the old one whole: a crash leaves one of the two.
         write_rows(path, kept)
-        try:
+        with _said(path):
             self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error}") from error
 
     def write(self, row: Row) -> None:
         """Append a row; it is in the file, if not on the disk, on return."""
-        self._file.write(_line(row))
-        self._file.flush()
+        with self._said():
+            self._file.write(_line(row))
+            self._file.flush()
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._said():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _said(self) -> contextlib.AbstractContextManager[None]:
+        return _said(pathlib.Path(self._file.name))
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close the file."""
-        self._file.close()
+        try:
+            with self._said():
+                self._file.close()
+        except UserError:
+            if not any(raised):  # else it is known: a disk that is full stays so
+                raise
 
 
 def read_rows(path: pathlib.Path) -> Iterator[Row]:
@@ -95,12 +104,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replace a file, either whole or not at all."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with _said(path):
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()  # on a full disk it would take the last of the room
+            raise
+
+
+@contextlib.contextmanager
+def _said(path: pathlib.Path) -> Iterator[None]:
+    """Says of an error of the disk which file it met."""
     try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        yield
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error}") from error
 

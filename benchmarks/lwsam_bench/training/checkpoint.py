@@ -6,9 +6,14 @@ train step holds a static node (the names of the layers) that is no array. Readi
 into the state of a freshly made run also checks that the two have one structure.
 """
 
+import contextlib
+import functools
 import hashlib
+import logging
 import pathlib
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +28,14 @@ from lwsam_bench.support.errors import UserError
 KEEP = 2
 # Raised when a train step has another kind of state.
 _LAYOUT = 2
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read; `what` says so without a remedy."""
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
 
 
 class Checkpoints:
@@ -61,19 +74,18 @@ class Checkpoints:
         arrays = _arrays(state)
         position = {**position, "layout": _LAYOUT, "step": step}
         position["sha256"] = _digest(arrays)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position)
+        )
+        _silence_late_ends()
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays),
-                    position=ocp.args.JsonSave(position),
-                ),
-                force=True,
-            )
-            self._manager.wait_until_finished()
+            with _no_reports():
+                self._manager.save(step, args=args, force=True)
+                self._manager.wait_until_finished()
         except (OSError, ValueError) as error:  # ValueError: from TensorStore
+            reason = str(error).splitlines()[0][:500]
             raise UserError(
-                f"cannot write a checkpoint to {self.folder}: {error}"
+                f"cannot write a checkpoint to {self.folder}: {reason}"
             ) from error
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
@@ -102,13 +114,54 @@ class Checkpoints:
             raise self._damaged(step, "its arrays are not those that were written")
         return _rebuild(template, arrays), position
 
+    def restore_newest(
+        self, template: Any, say: Callable[[str], None]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Read the newest checkpoint that can be read.
+
+        Those after it, which a disk has damaged, are moved out of the way.
+
+        Args:
+          template: As for `restore`.
+          say: Is told of each that is damaged.
+
+        Returns:
+          Its step, its state and its position; None if there is no checkpoint.
+
+        Raises:
+          UserError: If there are some, and none can be read; as `restore`.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, position = self.restore(step, template)
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            for other, error in damaged.items():
+                say(f"{error.what}; it is in {self._set_aside(other)} now")
+            return step, state, position
+        for error in damaged.values():
+            raise error
+        return None
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        place = self.folder.with_name(f"damaged-{step}")
+        try:
+            shutil.rmtree(place, ignore_errors=True)
+            (self.folder / str(step)).rename(place)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error}") from error
+        self._manager.reload()
+        return place
+
     def _read(self, step: int, **item: Any) -> Any:
         """Return an item of a checkpoint, given by its name and how to restore it."""
         (name,) = item
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            _silence_late_reads()
+            _silence_late_ends()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise self._damaged(step, reason) from error
 
@@ -116,7 +169,7 @@ class Checkpoints:
         """Finish what is being written."""
         self._manager.close()
 
-    def _damaged(self, step: int, reason: str) -> UserError:
+    def _damaged(self, step: int, reason: str) -> "Damaged":
         folder = self.folder / str(step)
         others = [s for s in self._manager.all_steps() if s != step]
         remedy = (
@@ -124,17 +177,27 @@ class Checkpoints:
             if others
             else "Start again with --no-resume"
         )
-        return UserError(
-            f"the checkpoint {folder} cannot be read ({reason[:300]}). {remedy}, or"
-            " choose another --out"
-        )
+        what = f"the checkpoint {folder} cannot be read ({reason[:300]})"
+        return Damaged(f"{what}. {remedy}, or choose another --out", what)
 
 
-def _silence_late_reads() -> None:
-    """Keep Python from reporting reads that end after Orbax has given up.
+@contextlib.contextmanager
+def _no_reports() -> Iterator[None]:
+    """Keep Orbax's threads from printing what is raised to the caller as well."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
-    It gives up at the first array that is damaged; the reads of the others then find
-    nobody to report to.
+
+@functools.cache
+def _silence_late_ends() -> None:
+    """Keep Python from reporting reads and writes that end after Orbax has given up.
+
+    It gives up at the first array that fails; the others then find nobody to report to.
     """
     report = sys.unraisablehook
 

@@ -6,6 +6,7 @@ repeats, bit for bit, what an unbroken run does.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any
@@ -121,9 +122,11 @@ class _Run:
         )
         self.state = _initial_state(self.step_fn, config, task)
         self.identity = _identity(config, task)
-        self.done, self.earlier = checkpoints.latest() or 0, Tally()
-        if self.done:
-            self.state, position = checkpoints.restore(self.done, self.state)
+        self.done, self.earlier = 0, Tally()
+        say = functools.partial(console.print, highlight=False, soft_wrap=True)
+        found = checkpoints.restore_newest(self.state, say)
+        if found is not None:
+            self.done, self.state, position = found
             run_folder.refuse_other_run(
                 out, position.get("identity", {}), self.identity
             )
