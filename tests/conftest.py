@@ -23,6 +23,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+collect_ignore = ["host_worker.py"]  # a program of its own, which reads its arguments
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # The same examples in each run; `thorough` (make test-slow) draws others each time, and

@@ -197,7 +197,7 @@ def test_scan_compiles_no_more_covers_than_asked_for(batches):
     at = jax.tree.map(lambda x: x[0], batches)
     step.init(make_params(), {}, at, key=jax.random.key(3))
     for count in (1, 2, 3, 9):
-        covers = step._menu.few(count)
+        covers = step._compiled._menu.few(count)
         assert covers[0] == lwsam.Cover(())
         assert len(covers) <= count + 1
         assert set(covers[-1].names) == set(step.layers.names)

@@ -221,8 +221,8 @@ def test_a_tail_needs_two_executables():
 def test_a_micro_batch_needs_fewer_executables_than_the_whole_batch():
     """What a tenth of the batch costs differs little from layer to layer."""
     method = lambda ascent: lwsam.Method(lwsam.random_k(1), rho=0.05, ascent=ascent)
-    whole = run(method(lwsam.whole_batch()), steps=1)[0]._menu
-    tenth = run(method(lwsam.micro_batch(0.1)), steps=1)[0]._menu
+    whole = run(method(lwsam.whole_batch()), steps=1)[0]._compiled._menu
+    tenth = run(method(lwsam.micro_batch(0.1)), steps=1)[0]._compiled._menu
     assert len(tenth.covers) < len(whole.covers)
     assert max(tenth.prices) <= 1 / 16 + 1e-9  # floor(0.1 * 16) examples
 
@@ -232,7 +232,7 @@ def test_a_run_compiles_no_more_than_the_menu_has(most):
     method = lwsam.Method(lwsam.random_k(1), rho=0.05, when=lambda step: step != 3)
     step, _, _ = run(method, max_executables=most)
     assert len(step.executables) <= most
-    assert set(step.executables) <= set(step._menu.covers)
+    assert set(step.executables) <= set(step._compiled._menu.covers)
 
 
 # --- budgets --------------------------------------------------------------------------
@@ -272,10 +272,12 @@ def test_budgets_hold_in_a_run_with_any_number_of_executables(most, share):
     assert (means <= share + 1e-5).all()
     np.testing.assert_allclose([i.mean_overhead for i in infos], means, rtol=1e-5)
     assert len(step.executables) <= most
-    prices = dict(zip(step._menu.covers, step._menu.prices, strict=True))
+    prices = dict(
+        zip(step._compiled._menu.covers, step._compiled._menu.prices, strict=True)
+    )
     for info in infos:
         names = step.layers.selected(info.mask)
-        cover = step._menu.fitting(step._menu.bits(names))
+        cover = step._compiled._menu.fitting(step._compiled._menu.bits(names))
         assert info.overhead == pytest.approx(prices[cover], abs=1e-6)
 
 
@@ -289,7 +291,7 @@ def test_no_step_is_above_its_bound(ascent):
     step, _, infos = run(method)
     assert max(info.overhead for info in infos) <= 0.45
     assert all(info.mask.any() for info in infos)
-    assert max(step._menu.prices) <= 0.45
+    assert max(step._compiled._menu.prices) <= 0.45
 
 
 # --- compiling ------------------------------------------------------------------------

@@ -156,6 +156,8 @@ def remember(method: Method, layers: Layers, params: Any) -> Memory:
 
 def first_of_shape(shape: Any, params: Any) -> Any:
     """Returns the first state of a shape, of the precision that it sees."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+        return shape.init(jax.eval_shape(lambda p: jax.tree.map(_tree.wide, p), params))
     return shape.init(jax.tree.map(_tree.wide, params))
 
 

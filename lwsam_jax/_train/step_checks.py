@@ -86,7 +86,8 @@ def _model_state(tree: Any) -> None:
     refuse_unsorted(WHO, "model_state", tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
-        is_array = hasattr(leaf, "shape") and getattr(dtype, "kind", "") not in "OUSMm"
+        kind = getattr(dtype, "kind", None)  # PRNG keys have none
+        is_array = hasattr(leaf, "shape") and kind not in tuple("OUSMm")
         if dtype is None or not is_array:
             is_array = isinstance(leaf, numbers.Number)
         if not is_array:

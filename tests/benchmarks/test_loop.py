@@ -160,10 +160,9 @@ EVERYTHING = (
     ("perturbed", "--ascent", "random", "--rho", 0.2),
     ("momentum_sam", "--k", 3),
 )
-
-
-def test_the_list_has_all_methods():
-    assert {options[0] for options in EVERYTHING} == {*METHODS} - {"sgd"}
+EVERYTHING += tuple(
+    (name,) for name in METHODS if name not in {"sgd", *(o[0] for o in EVERYTHING)}
+)
 
 
 @pytest.mark.parametrize("options", EVERYTHING, ids=lambda options: options[0])

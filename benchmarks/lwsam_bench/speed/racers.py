@@ -194,8 +194,9 @@ class TrainStepRacer(Racer):
             return call
 
         # Past the library's surface: only there its own time can be told from the rest.
-        executables = self.train_step._executables
-        assert executables is not None
+        compiled = self.train_step._compiled
+        assert compiled is not None
+        executables = compiled.executables
         kept: dict[lwsam.Cover, Callable[..., Any]] = {}
         found = []
         for _ in range(steps):
