@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ class Probe(Stale):
 
     forwards: int = 0
 
+    @abc.abstractmethod
     def direction(
         self,
         kept: Any,
@@ -44,7 +46,6 @@ class Probe(Stale):
           value_fn: The loss on the batch of the step, over all devices. It moves with the
             layers of the step alone, whatever its argument has elsewhere.
         """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
@@ -71,7 +72,7 @@ def draw(folder: pathlib.Path, rows: Sequence[Row]) -> None:
         report._save(figure, [axis], folder / name(rows, family))
 
 
-def _draw_lengths(axis: object, rows: Sequence[Row], family: str) -> None:
+def _draw_lengths(axis: Any, rows: Sequence[Row], family: str) -> None:
     """Draw what the base optimizer has with half, the same and twice the steps."""
     mine = [r for r in rows if r["method"] == family and r["phase"] == "final"]
     for draws in sorted({row["draws"] for row in mine}):
@@ -82,4 +83,5 @@ def _draw_lengths(axis: object, rows: Sequence[Row], family: str) -> None:
                 field = measure_of(some[0]["last"]).field
                 scores = [row["last"][field] for row in some]
                 points.append((some[0]["gradients"], report.mean_and_error(scores)[0]))
-        axis.plot(*zip(*points, strict=True), color=report.COLOURS[0], lw=1.5)  # type: ignore
+        gradients, scores = zip(*points, strict=True)
+        axis.plot(gradients, scores, color=report.COLOURS[0], lw=1.5)
