@@ -77,12 +77,15 @@ class ImageCourse:
 
     def validate(self, params: Any, start: Start) -> Row:
         """Return accuracy, loss and calibration on the validation images."""
-        states = [self._fresh(params, start, sample) for sample in start.samples]
-        return self._judged(params, states, start.validation)
+        return self._judged(params, self._states(params, start), start.validation)
+
+    def test(self, params: Any, start: Start) -> Row:
+        """Return the same on the test images."""
+        return self._judged(params, self._states(params, start), self._test)
 
     def judge(self, params: Any, start: Start) -> Row:
         """Return the same on the test images, and what the accuracy survives."""
-        states = [self._fresh(params, start, sample) for sample in start.samples]
+        states = self._states(params, start)
         rng = np.random.default_rng(start.seed)
 
         def accuracy(params: Any, test: Any = self._test) -> float:
@@ -111,6 +114,10 @@ class ImageCourse:
         by_turn = logits.reshape(len(logits), self.task.turns, self._classes)
         rows = np.arange(len(logits))
         return by_turn[rows, labels // self._classes], labels % self._classes
+
+    def _states(self, params: Any, start: Start) -> list[Any]:
+        """Return the statistics of BatchNorm of each turn."""
+        return [self._fresh(params, start, sample) for sample in start.samples]
 
     def _fresh(self, params: Any, start: Start, sample: Array) -> Any:
         """Return the statistics of BatchNorm at some parameters.

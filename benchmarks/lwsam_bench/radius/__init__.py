@@ -1,0 +1,1 @@
+"""`find_rho` against the full grid of radii."""
