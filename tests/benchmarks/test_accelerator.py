@@ -11,8 +11,8 @@ from rich.console import Console
 
 import tiny_task
 from lwsam_bench.accelerator import evidence, networks, races, report, runs
-from lwsam_bench.commands import accelerator as command_line
 from lwsam_bench.commands.cli import main
+from lwsam_bench.commands.measures import accelerator as command_line
 from lwsam_bench.models.network import Network
 from lwsam_bench.pages import docs
 from lwsam_bench.support.errors import UserError

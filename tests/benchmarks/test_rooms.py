@@ -113,21 +113,11 @@ FLOORS = {
     "accelerator": (("networks", "report", "runs"), ("races",), ("evidence",)),
     "commands": (
         ("options",),
-        (
-            "accelerator",
-            "cost",
-            "demo",
-            "faults",
-            "find_rho",
-            "flops",
-            "paper",
-            "precision",
-            "sharpness",
-            "speed",
-            "train",
-            "tune",
-        ),
+        ("demo", "faults", "find_rho", "measures", "paper", "train", "tune"),
         ("cli",),
+    ),
+    "commands.measures": (
+        ("accelerator", "cost", "flops", "precision", "sharpness", "speed"),
     ),
     "commands.options": (("arguments",), ("method",)),
 }

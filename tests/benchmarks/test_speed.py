@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lwsam_bench.commands import speed as command
+from lwsam_bench.commands.measures import speed as command
 from lwsam_bench.data import text
 from lwsam_bench.models.gpt import GPT
 from lwsam_bench.pages import docs

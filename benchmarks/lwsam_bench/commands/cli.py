@@ -6,19 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lwsam_bench.commands import (
+from lwsam_bench.commands import demo, faults, find_rho, paper, train, tune
+from lwsam_bench.commands.measures import (
     accelerator,
     cost,
-    demo,
-    faults,
-    find_rho,
     flops,
-    paper,
     precision,
     sharpness,
     speed,
-    train,
-    tune,
 )
 from lwsam_bench.support.errors import UserError
 
