@@ -47,9 +47,9 @@ demo: $(READY) ## train on real images with SGD, SAM and layer-wise SAM, side by
 test: $(READY) ## run all tests but those of test-slow
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-slow: $(READY) ## every combination of the parts, ten times the hostile input, an hour
-	$(BIN)/python -m pytest -n auto -m product tests/test_walk.py $(ARGS)
-	$(BIN)/python -m pytest -n auto --hypothesis-profile=thorough \
+test-slow: $(READY) ## every three parts together, ten times the hostile input, an hour
+	$(BIN)/python -m pytest -n auto --dist worksteal -m thorough tests/test_walk.py $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=thorough \
 		tests/test_hostile_*.py tests/test_random_programs.py $(ARGS)
 
 lint: $(READY) ## check style and types

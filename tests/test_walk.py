@@ -1,6 +1,6 @@
 """Every pair of built-in parts: right against an oracle, or refused with a reason.
 
-`make test-slow` walks the whole product of them.
+`make test-slow` takes every three of them.
 """
 
 import dataclasses
@@ -23,9 +23,7 @@ from walk_reference import MOMENTUM, Parts, RATE, SIZE, STEPS
 KEY = jax.random.key(7)
 SEED = 3
 BATCHES = reference.mlp_batches(STEPS, SIZE)
-FEW, REFUSED = walk.few()
-PRODUCT = [parts for parts in walk.product() if walk.refused(parts) is None]
-CHUNKS = [PRODUCT[i::100] for i in range(100)]
+FEW, REFUSED = walk.few(2)
 
 
 def name_of(parts):
@@ -313,12 +311,20 @@ def check_refused(parts):
     assert "Pass " in str(caught.value)
 
 
+def check_held(axes, right, others):
+    """Whatever values these axes can have are in one that is right."""
+    held = {values for parts in right for values in walk.held_by(parts, axes)}
+    wrong = {values for parts in others for values in walk.held_by(parts, axes)}
+    assert held | wrong == walk.all_values(axes)
+    assert not any(map(walk.refused, right))
+    assert all(map(walk.refused, others))
+    possible = (p for p in walk.product() if walk.refused(p) is None)
+    assert held.issuperset(v for p in possible for v in walk.held_by(p, axes))
+
+
 def test_the_few_hold_every_pair():
     """Those that can be right in one that is, and every other in one that is not."""
-    held = set().union(*map(walk.pairs_of, FEW))
-    assert held | set().union(*map(walk.pairs_of, REFUSED)) == walk.all_pairs()
-    assert not any(map(walk.refused, FEW))
-    assert all(map(walk.refused, REFUSED))
+    check_held(2, FEW, REFUSED)
     one_alone = [parts._replace(**{"descent": "None"}) for parts in REFUSED]
     assert any(map(walk.refused, one_alone))
 
@@ -574,20 +580,27 @@ def test_the_whole_of_a_batch_is_the_whole_batch():
     assert lwsam.micro_batch(1.0) is lwsam.micro_batch(1) is lwsam.whole_batch()
 
 
-# --- the whole product ----------------------------------------------------------------
+# --- every three ----------------------------------------------------------------------
+
+CHUNKS = 100  # of some nine combinations each
+THREES = functools.cache(lambda: walk.few(3))
 
 
-@pytest.mark.product
+@pytest.mark.thorough
+def test_they_hold_every_three():
+    check_held(3, *THREES())
+
+
+@pytest.mark.thorough
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("chunk", range(len(CHUNKS)))
-def test_the_whole_product_is_right(chunk):
-    for number, parts in enumerate(CHUNKS[chunk]):
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_three_parts_are_right(chunk):
+    for number, parts in enumerate(THREES()[0][chunk::CHUNKS]):
         check(parts, **({"max_executables": 2} if number % 2 else {}))
-        if number % 10 == 9:
-            jax.clear_caches()
+    jax.clear_caches()
 
 
-@pytest.mark.product
+@pytest.mark.thorough
 def test_or_refused_in_the_whole_product():
     for parts in walk.product():
         if walk.refused(parts) is not None:

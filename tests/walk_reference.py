@@ -402,7 +402,7 @@ def _combined(
 # --- which combinations to try --------------------------------------------------------
 
 
-Pair = tuple[tuple[str, str], tuple[str, str]]
+Values = tuple[tuple[str, str], ...]  # of some axes, by their names
 
 
 def product() -> list[Parts]:
@@ -410,32 +410,41 @@ def product() -> list[Parts]:
     return [Parts(*values) for values in itertools.product(*PARTS.values())]
 
 
-def pairs_of(parts: Parts) -> set[Pair]:
-    """The pairs of values of two axes in a combination."""
-    return set(itertools.combinations(parts._asdict().items(), 2))
+def held_by(parts: Parts, axes: int) -> list[Values]:
+    """The values of each so many axes in a combination."""
+    return list(itertools.combinations(parts._asdict().items(), axes))
 
 
-def all_pairs() -> set[Pair]:
-    """Every pair of values of two axes."""
+def all_values(axes: int) -> set[Values]:
+    """Those of all combinations."""
     return {
-        ((one, a), (other, b))
-        for one, other in itertools.combinations(PARTS, 2)
-        for a, b in itertools.product(PARTS[one], PARTS[other])
+        tuple(zip(names, values, strict=True))
+        for names in itertools.combinations(PARTS, axes)
+        for values in itertools.product(*(PARTS[name] for name in names))
     }
 
 
-def few() -> tuple[list[Parts], list[Parts]]:
-    """Combinations that are right and hold every pair that one of them can hold.
+def few(axes: int) -> tuple[list[Parts], list[Parts]]:
+    """Combinations that hold the values of each so many axes.
 
-    And one for each other pair, which has to be refused. Greedy, the same in each run:
-    what holds most of the missing pairs comes next.
+    Those that are right hold all that one of them can hold. And one for each other, which
+    has to be refused. Greedy, the same in each run: what holds most of the missing comes
+    next.
     """
-    right = {p: pairs_of(p) for p in product() if refused(p) is None}
-    possible = set().union(*right.values())
-    missing, chosen = set(possible), []
-    while missing:
-        best = max(right, key=lambda parts: len(right[parts] & missing))
-        chosen.append(best)
-        missing -= right[best]
-    wrong = [Parts()._replace(**dict(pair)) for pair in sorted(all_pairs() - possible)]
-    return chosen, wrong
+    right = [parts for parts in product() if refused(parts) is None]
+    numbers: dict[Values, int] = {}
+    held = np.array(
+        [
+            [numbers.setdefault(values, len(numbers)) for values in held_by(p, axes)]
+            for p in right
+        ]
+    )
+    missing, left, chosen = np.ones(len(numbers), bool), np.arange(len(right)), []
+    while missing.any():
+        gain = missing[held[left]].sum(axis=1)
+        best = left[np.argmax(gain)]
+        chosen.append(right[best])
+        missing[held[best]] = False
+        left = left[gain > 0]
+    others = sorted(all_values(axes) - numbers.keys())
+    return chosen, [Parts()._replace(**dict(values)) for values in others]
