@@ -32,6 +32,7 @@ FLOORS = {
         ("__main__",),
     ),
     "support": (
+        ("cores",),
         (
             "cache",
             "errors",

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from lwsam_bench.pages import docs as docs_page
+from lwsam_bench.support import cores
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.tuning import results, tune, workers
 from lwsam_bench.tuning.methods import BY_NAME, choose
@@ -112,8 +113,11 @@ def test_rows_have_what_is_reported(finished):
 def test_all_runs_of_a_method_share_what_is_compiled(finished):
     for name in ("sgd", "random-relative"):
         rows = [row for row in rows_in(finished) if row["method"] == name]
-        assert rows[0]["compile_seconds"] > 0
-        assert [row["compile_seconds"] for row in rows[1:]] == [0] * (len(rows) - 1)
+        spent = [row["compile_cpu_seconds"] for row in rows]
+        assert spent[0] > 0
+        assert spent[1:] == [0] * (len(rows) - 1)
+        for row in rows:
+            assert row["all_cpu_seconds"] >= row["cpu_seconds"] > 0
 
 
 @pytest.mark.parametrize("kept", [0, 3, 9])
@@ -150,6 +154,18 @@ def test_an_interrupt_leaves_whole_rows(finished, tmp_path, compiled, monkeypatc
     assert outcomes(tmp_path) == outcomes(finished)[:count]
     run(tmp_path)
     assert outcomes(tmp_path) == outcomes(finished)
+
+
+def test_a_run_is_the_same_each_time(finished):
+    """Whatever ran before it, with the same executables."""
+    wanted = [row for row in rows_in(finished) if row["phase"] == "trial"]
+    for row in (*wanted, *wanted[::-1]):
+        asked = Request(
+            row["phase"], row["trial"], row["seed"], row["config"], row["length"]
+        )
+        runner, _ = RUNNERS[row["method"]]
+        measured = {k: v for k, v in runner.run(asked).items() if "seconds" not in k}
+        assert measured == {name: row[name] for name in measured}
 
 
 def test_a_finished_tuning_trains_nothing(finished, tmp_path, monkeypatch):
@@ -295,11 +311,34 @@ def test_processes_die_with_the_one_that_started_them(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    ("allowed", "here", "processes", "expected"),
+    [
+        ({0, 1}, 0, 2, [0, 1]),
+        ({0, 1}, 1, 1, [1]),  # others may hold the first one
+        ({4, 5, 7}, 7, 2, [7, 4]),
+        ({3}, 3, 2, [3, 3]),
+        ({0, 1}, None, 1, [0]),
+    ],
+)
+def test_each_process_gets_a_core(monkeypatch, allowed, here, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
+    monkeypatch.setattr(cores, "_current", lambda: here)
+    assert cores.each_its_own(processes) == expected
+    assert cores.count() == len(allowed)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores have no names")
+def test_a_process_knows_its_core():
+    assert cores._current() in range(os.cpu_count())
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_rows(finished, tmp_path):
     run(tmp_path, processes=2)
     some = {results.key(row): row for row in outcomes(tmp_path)}
     assert some.keys() == {results.key(row) for row in outcomes(finished)}
+    assert {row["origin"]["cores"] for row in rows_in(tmp_path)} == {1}
     assert (tmp_path / "tuning.md").exists()
 
 

@@ -1,5 +1,6 @@
 """Tables and plots from rows; the rows are all that they know."""
 
+import math
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -23,7 +24,12 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard error of the mean; the error is NaN for one value."""
+    """Return mean and standard error of the mean; the error is NaN for one value.
+
+    Both are NaN where a value is.
+    """
+    if any(math.isnan(x) for x in values):
+        return float("nan"), float("nan")
     if len(values) < 2:
         return values[0], float("nan")
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jaxlib import version as jaxlib_version
 
+from lwsam_bench.support import cores
+
 
 def enable() -> pathlib.Path | None:
     """Keep compiled programs under the user's cache folder.
@@ -41,7 +43,8 @@ def _machine() -> str:
     """Return a name for this kind of machine.
 
     A program compiled for one CPU may use instructions that another one lacks, and home
-    folders are shared between machines.
+    folders are shared between machines. One compiled for more cores splits its work in
+    other places, and JAX would take it all the same.
     """
     features = platform.processor()
     try:
@@ -52,4 +55,5 @@ def _machine() -> str:
     except OSError:
         pass
     digest = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return f"jaxlib-{jaxlib_version.__version__}-{platform.machine()}-{digest}"
+    kind = f"{platform.machine()}-{digest}-{cores.count()}"
+    return f"jaxlib-{jaxlib_version.__version__}-{kind}"

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from lwsam_bench.support import cores
+
 
 _RESULTS = ":(top,exclude)benchmarks/results"
 _PACKAGES = (
@@ -38,6 +40,7 @@ def provenance() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
+        "cores": cores.count(),
     }
 
 

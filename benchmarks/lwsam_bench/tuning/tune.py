@@ -37,7 +37,7 @@ def run(
     console: Console,
     *,
     docs: str | None = None,
-    processes: int = 1,
+    processes: int = 0,
     render_only: bool = False,
 ) -> int:
     """Run what is missing in `out`, then write tables and plots.
@@ -51,7 +51,8 @@ def run(
       console: Where to report.
       docs: Folder with a page `tuning.md` to be brought up to date, from all tunings
         beside `out`; or None.
-      processes: How many run at a time.
+      processes: How many run at a time, each on one core; 0: this one alone, on all
+        that it has.
       render_only: Whether to leave it at the rows that are there.
 
     Raises:
@@ -91,7 +92,7 @@ def _run(
             results.add(row)
             bar.add(row)
 
-        if processes == 1:
+        if processes == 0:
             workers.run_here(arguments, cells, rows, on_row)
         else:
             workers.run_apart(arguments, cells, rows, on_row, processes)

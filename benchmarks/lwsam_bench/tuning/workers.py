@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from lwsam_bench.support import cores
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.provenance import provenance
 from lwsam_bench.support.rows import Row
@@ -108,10 +109,10 @@ def run_apart(
     workers: dict[Any, Any] = {}
     busy: dict[Any, str] = {}  # the method that a worker has compiled
     try:
-        for number in range(min(processes, len(cells))):
+        for core in cores.each_its_own(min(processes, len(cells))):
             ours, theirs = context.Pipe()
             worker = context.Process(
-                target=_work, args=(theirs, number, arguments), daemon=True
+                target=_work, args=(theirs, core, arguments), daemon=True
             )
             worker.start()
             theirs.close()
@@ -160,11 +161,11 @@ def _send_next(
     return True
 
 
-def _work(pipe: Any, number: int, arguments: Arguments) -> None:
+def _work(pipe: Any, core: int | None, arguments: Arguments) -> None:
     """Run what comes through a pipe, until None comes."""
     _die_with_the_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _take_one_core(number)
+    cores.stay_on(core)
     from lwsam_bench.support import cache
 
     cache.enable()
@@ -189,10 +190,3 @@ def _die_with_the_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _take_one_core(number: int) -> None:
-    """Keep XLA from starting as many threads in each process as there are cores."""
-    if hasattr(os, "sched_setaffinity"):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[number % len(allowed)]})

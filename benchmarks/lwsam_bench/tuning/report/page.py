@@ -12,14 +12,15 @@ from lwsam_bench.tuning.report.summary import (
     ACCURACY,
     BITS,
     counted,
+    cpu_hours,
     Gap,
     gaps,
     HARMLESS,
-    hours,
     payable,
     STOPS,
     summarize,
     Tuned,
+    wall_hours,
     worst,
 )
 from lwsam_bench.tuning.tasks import TEXT, title
@@ -104,12 +105,14 @@ def _facts(rows: Sequence[Row]) -> str:
     items = "characters" if task["dataset"] == TEXT else "images"
     draws = len({row["draws"] for row in rows})
     seeds = len({row["seed"] for row in rows if row["phase"] == "final"})
+    took = cpu_hours(rows)
+    of = "of one core's time" if took is not None else "by the clock"
     return (
         f"{task['train_images']:,} training {items}, a tenth of them for validation;"
         f" {task['model']}, {task['steps'][0]} to {task['steps'][1]} steps."
         f" {rows[0]['trials']} trials for each method and set of draws, {draws}"
         f" {'sets' if draws > 1 else 'set'} of draws, {seeds} fresh seeds:"
-        f" {len(rows):,} runs in {_duration(hours(rows))} of one core."
+        f" {len(rows):,} runs in {_duration(took or wall_hours(rows))} {of}."
         f" JAX {origin['packages']['jax']}, {origin['platform']}."
     )
 
@@ -119,7 +122,7 @@ def _duration(hours: float) -> str:
 
 
 def _accuracy_table(found: Mapping[str, list[Tuned]]) -> str:
-    header = ["method", "price", "gradients", "seconds"]
+    header = ["method", "price", "gradients", "CPU seconds"]
     for name in ("last step", "selected step"):
         header += [name, "from the base"]
     header += ["ECE"]
@@ -130,7 +133,7 @@ def _accuracy_table(found: Mapping[str, list[Tuned]]) -> str:
             tuned[0].method.label,
             each(lambda t: f"{t.mean('price')[0]:.2f}"),
             each(lambda t: f"{t.mean('gradients')[0]:.0f}"),
-            each(lambda t: f"{t.mean('seconds')[0]:.1f}"),
+            each(lambda t: f"{t.mean('cpu_seconds')[0]:.1f}".replace("nan", "–")),
         ]
         for stop in STOPS:
             row += [
@@ -143,7 +146,8 @@ def _accuracy_table(found: Mapping[str, list[Tuned]]) -> str:
         f"{_named(found)}, mean ± standard error over the seeds, one number for each"
         " set of draws. *From the base* is the difference, paired by seed, in the set of"
         " draws where it is worse; in brackets if it is within two standard errors."
-        " Price is in gradients a step. ECE, in %, is at the last step."
+        " Price is in gradients a step. CPU seconds are of the steps alone, without"
+        " compiling. ECE, in %, is at the last step."
     )
     return report.markdown(header, cells, notes).rstrip()
 

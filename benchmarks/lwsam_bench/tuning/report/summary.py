@@ -227,8 +227,18 @@ def payable(
     ]
 
 
-def hours(rows: Sequence[Row]) -> float:
-    """Return how long all runs took one after another, compiling and measuring too."""
+def cpu_hours(rows: Sequence[Row]) -> float | None:
+    """Return what all runs took of one core, compiling and measuring too.
+
+    None where a row has no such number: older ones have not.
+    """
+    if any("all_cpu_seconds" not in row for row in rows):
+        return None
+    return sum(row["all_cpu_seconds"] for row in rows) / 3600
+
+
+def wall_hours(rows: Sequence[Row]) -> float:
+    """Return how long all runs took by the clock, one after another."""
     return sum(row["wall_seconds"] for row in rows) / 3600
 
 
