@@ -178,11 +178,11 @@ class Method:
         }
 
     def layers_of(
-        self, params: Any, loss_fn: Any = None, *args: Any, axis_env: Any = None
+        self, params: Any, loss_fn: Any = None, *args: Any, **options: Any
     ) -> Layers:
         """Returns the layers that were given, or finds them as `Layers.of` does."""
         if self.layers is None:
-            return Layers.of(params, self.rule, loss_fn, *args, axis_env=axis_env)
+            return Layers.of(params, self.rule, loss_fn, *args, **options)
         self.layers.flatten(_WHO, "params", params)
         return self.layers
 

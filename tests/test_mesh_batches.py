@@ -174,6 +174,37 @@ def test_constants_of_other_shapes_compile_anew(way):
     np.testing.assert_allclose(info.value, expected[1], rtol=1e-5)
 
 
+TWO = {"z_in": np.eye(8, dtype=np.float32), "a_out": np.eye(8, 4, dtype=np.float32)}
+Z, A = "z_in", "a_out"
+
+
+def pulled(params, model_state, batch, key, anchor):
+    """Toward the weights of before (L2-SP), which stands before all else."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(anchor), strict=True)
+    penalty = sum(jnp.sum((w - a) ** 2) for w, a in pairs)
+    y = jnp.tanh(batch["x"] @ params[Z]) @ params[A]
+    return jnp.mean(y**2) + 0.1 * penalty, (model_state, {})
+
+
+def of_one_batch(params, model_state, batch, key, x):
+    """The data are a constant: there are no others."""
+    return jnp.mean((jnp.tanh(x @ params[Z]) @ params[A]) ** 2), (model_state, {})
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "constant"),
+    [(pulled, BATCH, TWO), (of_one_batch, {}, X), (of_one_batch, BATCH, X)],
+)
+def test_a_constant_is_no_data_for_the_depth_of_a_layer(loss, batch, constant):
+    """But for a layer that meets no other; then the last layer has no price."""
+    step = make("one device", loss)
+    step.init(TWO, {}, batch, key=KEY, constants=(constant,))
+    assert dict(zip(step.layers.names, step.layers.depth, strict=True)) == {A: 1, Z: 0}
+    assert step.cost.ratio(lwsam.Cover((A,))) < step.cost.ratio(lwsam.Cover((A, Z)))
+    found = lwsam.Layers.of(TWO, None, loss, {}, batch, KEY, constants=(constant,))
+    assert found == step.layers
+
+
 @needs_eight
 def test_constants_lie_as_they_are_given():
     mesh = task.mesh("8")

@@ -90,6 +90,43 @@ def test_a_stack_is_found_within_a_scan_over_micro_batches():
     assert of("accumulated").names == of("with_outputs_of_each").names
 
 
+def counted(params, x):
+    """A scan inside a `while` loop, which has no gradient in reverse."""
+    x = x @ params["stem"]
+    frozen = jax.lax.stop_gradient((x, params["blocks"]))
+    once = lambda state: (state[0] + 1, run(state[1], frozen[1])[0])
+    _, y = jax.lax.while_loop(lambda state: state[0] < 2, once, (0, frozen[0]))
+    return finish(params, x + y)
+
+
+@pytest.mark.parametrize("name", ["in_a_branch", "counted"])
+def test_a_stack_inside_a_branch_or_a_loop_is_one_layer_unless_the_rule_says(name):
+    loss = LOSSES.get(name, counted)
+    params, x = mlp_params(), jnp.ones((4, WIDTH))
+    names = ("blocks/down", "blocks/up", "head", "stem")
+    assert lwsam.Layers.of(params, lwsam.leaves, loss, x).names == (
+        "blocks/bias",
+        *names,
+    )
+    rule = lwsam.stacked("^blocks/")
+    assert "blocks/up/1" in lwsam.Layers.of(params, rule, loss, x).names
+
+
+@pytest.mark.parametrize("name", ["in_a_branch", "counted"])
+def test_and_it_has_the_gradients_of_two_passes_as_one_layer(name, x64):
+    loss = LOSSES.get(name, counted)
+    params = mlp_params()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, WIDTH)))
+    # Under the default rule a stack of biases is a matrix.
+    rule, selection = lwsam.leaves, ("blocks/up", "head")
+    names = ["blocks/bias", "blocks/down", "blocks/up", "head", "stem"]
+    split = lwsam.value_and_grad(loss, selection, has_aux=True, rule=rule, **HYPER)
+    out = jax.jit(split)(params, x)
+    plain = two_gradients(loss, params, (x,), selection, leaf_layers=names, **HYPER)
+    assert_close(out.grads, plain.grads, rtol=1e-9)
+    assert_close(out.perturbed_value, plain.perturbed_value, rtol=1e-9)
+
+
 def test_the_weights_of_a_recurrent_cell_are_no_stack():
     def loss(params, x):
         cell = lambda h, x: (jnp.tanh(x @ params["in"] + h @ params["hidden"]), None)
@@ -210,6 +247,15 @@ def accumulated(params, x):
 
 
 @loss_of
+def in_a_branch(params, x):
+    """A scan inside a `cond` is not looked for."""
+    through = lambda x, blocks: run(x, blocks)[0]
+    x = x @ params["stem"]
+    args = x, params["blocks"]
+    return finish(params, jax.lax.cond(x[0, 0] < 9, through, lambda x, _: x, *args))
+
+
+@loss_of
 def no_view(params, x):
     """Each slice depends on the whole stack."""
     blocks = jax.tree.map(lambda w: w / jnp.linalg.norm(w), params["blocks"])
@@ -254,7 +300,8 @@ def test_the_cut_gives_the_gradients_of_two_passes(name, x64):
         np.testing.assert_allclose(out.norms, plain.norms, rtol=1e-5)
 
 
-CUT = set(LOSSES) - {"no_view", "remat_around_the_scan", "accumulated"}
+WHOLE = {"no_view", "remat_around_the_scan", "accumulated", "in_a_branch"}
+CUT = set(LOSSES) - WHOLE
 
 
 @pytest.mark.parametrize("name", LOSSES)

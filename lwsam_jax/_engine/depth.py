@@ -39,12 +39,21 @@ class Place(NamedTuple):
 
 
 def places(traced: Traced) -> list[Place]:
-    """Returns where each parameter leaf first meets data, and how it is scanned."""
+    """Returns where each parameter leaf first meets data, and how it is scanned.
+
+    A constant, such as the weights that a penalty pulls to, is data only for a leaf that
+    meets no other.
+    """
     program = inline(traced, every_call=True)
     # A scalar that the loss closed over is a coefficient, not data.
     batch = [v for v in program.consts if graph.shape(v)]
-    data = graph.dependents(program.eqns, [*program.inputs, *batch])
-    first = _first_meetings(program.eqns, program.params, data)
+    inputs = [*program.inputs[: len(program.inputs) - traced.constants], *batch]
+    met = lambda sources: _first_meetings(
+        program.eqns, program.params, graph.dependents(program.eqns, sources)
+    )
+    first = met(inputs)
+    if traced.constants:
+        first = {**met([*program.inputs, *batch]), **first}
     found = [Place(first.get(v, -1)) for v in program.params]
     for leaf, scanned in _scanned(program).items():
         if len({axis for axis, _, _ in scanned}) == 1:

@@ -45,6 +45,7 @@ class Layers:
         rule: Rule | None = None,
         loss_fn: Callable[..., Any] | None = None,
         *args: Any,
+        constants: tuple[Any, ...] = (),
         axis_env: AxisEnv = None,
         allow_masked: bool = False,
     ) -> Layers:
@@ -66,8 +67,10 @@ class Layers:
           rule: `weights` (the default), `modules`, `leaves`, `blocks(pattern)`,
             `stacked(pattern)`, or any `(key_path, leaf) -> name | None`; leaves with one
             name are one layer. Of a stack it sees a slice.
-          loss_fn: `loss_fn(params, *args)`; traced, never run.
+          loss_fn: `loss_fn(params, *args, *constants)`; traced, never run.
           *args: Arguments of the loss; arrays may be `jax.ShapeDtypeStruct`s.
+          constants: Trees that the loss takes behind them, such as those of a
+            `TrainStep`; they are no data, but for a layer that meets nothing else.
           axis_env: Names and sizes of mapped axes that the loss uses, as
             `jax.make_jaxpr` takes them.
           allow_masked: Whether the tree may lack leaves that `optax.masked` and its kin
@@ -94,7 +97,7 @@ class Layers:
         traced = None
         if loss_fn is not None:
             refuse_non_arrays(params)
-            traced = trace(loss_fn, params, args, axis_env)
+            traced = trace(loss_fn, params, args, axis_env, constants)
         return Layers.of_traced(params, rule, traced)
 
     @staticmethod

@@ -25,11 +25,13 @@ class Traced(NamedTuple):
         among the other arguments follow.
       params: How many leaves the parameters have.
       out_tree: Structure of the output.
+      constants: How many of the last inputs are the same in every step, no data.
     """
 
     closed: core.ClosedJaxpr
     params: int
     out_tree: Any
+    constants: int = 0
 
 
 def trace(
@@ -37,17 +39,19 @@ def trace(
     params: Any,
     args: tuple[Any, ...] = (),
     axis_env: AxisEnv = None,
+    constants: tuple[Any, ...] = (),
 ) -> Traced:
-    """Traces `fn(params, *args)`; arguments that are no arrays stay as they are.
+    """Traces `fn(params, *args, *constants)`; what are no arrays stay as they are.
 
     Args:
       fn: Returns any pytree of arrays.
       params: Tree of arrays, tracers or `jax.ShapeDtypeStruct`s.
       args: Trees of the same, or of anything else.
       axis_env: Names and sizes of mapped axes that `fn` uses, if it is traced outside.
+      constants: Trees of arguments that are no data.
     """
     leaves, treedef = jax.tree.flatten(params)
-    rest, rest_tree = jax.tree.flatten(args)
+    rest, rest_tree = jax.tree.flatten((*args, *constants))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in rest]
     structure = []
 
@@ -62,7 +66,8 @@ def trace(
 
     arrays = [x for x, a in zip(rest, is_array, strict=True) if a]
     closed = jax.make_jaxpr(flat, axis_env=axis_env)(*leaves, *arrays)
-    return Traced(closed, len(leaves), structure[-1])
+    last = sum(is_array[len(jax.tree.leaves(args)) :])
+    return Traced(closed, len(leaves), structure[-1], last)
 
 
 class Program(NamedTuple):

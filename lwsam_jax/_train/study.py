@@ -67,7 +67,9 @@ def study(
     )
     method.layers_of(params)  # refuses what is no parameter before it is traced
     _step_checks.loss(loss, (params, *args), axes)
-    layers = method.layers_of(params, loss, *args, axis_env=axes)
+    layers = method.layers_of(
+        params, loss_fn, model_state, seen, key, constants=constants, axis_env=axes
+    )
     cost = step_cost(loss, params, *args, layers=layers, axis_env=axes)
     is_cut = method.split is not None or getattr(method.ascent, "cut", None) is not None
     share = devices.share(batch) if is_cut else devices.seen(batch)
