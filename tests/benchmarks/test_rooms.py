@@ -26,7 +26,7 @@ FLOORS = {
         ("support",),
         ("data", "models", "pages"),
         ("training",),
-        ("comparison", "faults", "sharpness", "speed", "tuning"),
+        ("comparison", "faults", "scaling", "sharpness", "speed", "tuning"),
         ("accelerator", "front", "paper", "radius"),
         ("commands",),
         ("__main__",),
@@ -36,13 +36,14 @@ FLOORS = {
         (
             "cache",
             "errors",
+            "hlo",
             "measure",
             "progress",
             "provenance",
             "quick_compile",
             "stopping",
         ),
-        ("row_lock", "rows"),
+        ("processes", "row_lock", "rows"),
         ("tensorboard",),
     ),
     "data": (
@@ -85,6 +86,7 @@ FLOORS = {
         ("suite",),
     ),
     "radius": (("report", "trials"), ("run",)),
+    "scaling": (("programs", "table"), ("run", "worker")),
     "sharpness": (("plot",), ("measure",)),
     "comparison": (
         ("demo", "precision_train"),
@@ -118,7 +120,15 @@ FLOORS = {
         ("cli",),
     ),
     "commands.measures": (
-        ("accelerator", "cost", "flops", "precision", "sharpness", "speed"),
+        (
+            "accelerator",
+            "cost",
+            "flops",
+            "precision",
+            "scaling",
+            "sharpness",
+            "speed",
+        ),
     ),
     "commands.options": (("arguments",), ("method",)),
 }

@@ -12,6 +12,7 @@ from lwsam_bench.commands.measures import (
     cost,
     flops,
     precision,
+    scaling,
     sharpness,
     speed,
 )
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         speed,
         precision,
         cost,
+        scaling,
         accelerator,
         faults,
         paper,
