@@ -7,6 +7,8 @@ The normal suite draws 200 examples for each property, and 50 where something co
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import re
 import traceback
 from typing import NamedTuple
@@ -22,6 +24,10 @@ import numpy as np
 OUR_MESSAGE = re.compile(r"[\w.\[\]']+: expected `[^`]+` to be .+, got .*\. \S", re.S)
 
 
+# Compiled examples until all are forgotten: each leaves megabytes, and 2,000 gigabytes.
+KEPT = 100
+
+
 def examples(function):
     """A property that compiles nothing."""
     return hypothesis.settings(hypothesis.settings.default)(function)
@@ -32,6 +38,15 @@ def compiled_examples(function):
     default = hypothesis.settings.default
     most = default.max_examples
     few = most if most >= 1000 else most // 4
+    inner, calls = function.hypothesis.inner_test, itertools.count(1)
+
+    @functools.wraps(inner)
+    def test(*args, **kwargs):
+        if next(calls) % KEPT == 0:
+            jax.clear_caches()
+        inner(*args, **kwargs)
+
+    function.hypothesis.inner_test = test
     return hypothesis.settings(default, max_examples=few)(function)
 
 
