@@ -88,6 +88,18 @@ def test_matrix_products_with_batches():
     check(loss, params, weight(3, 20, 40))
 
 
+def test_nothing_flows_back_through_a_stop_gradient():
+    """Frozen weights, and outputs that are held: forward passes alone."""
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ jax.lax.stop_gradient(params["frozen"]))
+        held = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+        return jnp.mean((hidden @ params["w"] - jax.lax.stop_gradient(held)) ** 2)
+
+    params = {name: weight(32, 32) for name in ("frozen", "a", "b", "w")}
+    check(loss, params, weight(64, 32))
+
+
 def test_a_scan_counts_by_its_length():
     """XLA counts its body once, so the loop written out stands for it."""
     # Many: in the first iteration, too, a scan takes the gradient of its carry.

@@ -338,7 +338,7 @@ def _by_layer(
         return next((i for i in by_depth if mask >> i & 1), by_depth[-1])
 
     for work in found:
-        at = deepest(union(mask for mask, _ in work.inputs))
+        at = deepest(union(mask for mask, _ in work.inputs) or work.sources)
         totals[0][at] += work.forward
         for mask, flops in work.inputs if work.live else ():
             totals[2 if mask & of_params == 1 << at else 1][at] += flops

@@ -144,16 +144,19 @@ def works(
         """
         found: list[Work] = []
         live = graph.ancestors(eqns, outputs)
+        reached = [v for v, mask in env.items() if mask]
+        known = graph.differentiated(eqns, reached, outputs)
         for eqn in eqns:
             masks = [env.get(a, 0) if is_var(a) else 0 for a in eqn.invars]
             every = union(masks)
             env.update(dict.fromkeys(eqn.outvars, every))
             around = every if whole is None else whole
+            has_cotangent = any(v in known for v in eqn.outvars)
             scan = Scan.of(eqn) if eqns is program else None
             if scan is not None and any(
                 views.leaves(a, 0, sliced) for a in scan.slices
             ):
-                found.extend(unroll(scan, masks, env))
+                found.extend(_with_cotangents(has_cotangent, unroll(scan, masks, env)))
                 continue
             branches = []
             for body, trips in _bodies(eqn):
@@ -167,7 +170,7 @@ def works(
             if eqn.primitive.name == "cond":
                 branches = [max(branches, key=lambda b: sum(w.forward for w in b))]
             for branch in branches:
-                found.extend(branch)
+                found.extend(_with_cotangents(has_cotangent, branch))
             if branches:
                 continue
             run, of_inputs = cost(eqn)
@@ -175,14 +178,19 @@ def works(
             inputs = tuple(
                 (mask, times * each)
                 for a, mask, each in zip(eqn.invars, masks, of_inputs, strict=True)
-                if mask and graph.is_inexact(a)
+                if mask and graph.is_inexact(a) and a in known
             )
             is_live = any(v in live for v in eqn.outvars)
-            found.append(Work(run, run if remat else 0.0, around, inputs, is_live))
+            work = Work(run, run if remat else 0.0, around, inputs, is_live)
+            found.extend(_with_cotangents(has_cotangent, [work]))
         return found
 
     program = eqns
     return walk(program, dict(sources), outputs, 1.0, None, False), unrolled
+
+
+def _with_cotangents(has_any: bool, found: list[Work]) -> list[Work]:
+    return found if has_any else [work._replace(inputs=()) for work in found]
 
 
 def union(masks: Iterable[int]) -> int:

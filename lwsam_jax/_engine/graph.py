@@ -62,6 +62,21 @@ def ancestors(eqns: Sequence[core.JaxprEqn], targets: Iterable[Any]) -> set[core
     return found
 
 
+def differentiated(
+    eqns: Sequence[core.JaxprEqn], sources: Iterable[Any], targets: Iterable[Any]
+) -> set[core.Var]:
+    """Returns the variables that have a cotangent in the gradient of the targets.
+
+    Those on a way from a source to a target that no `stop_gradient` interrupts.
+    """
+    through = [eqn for eqn in eqns if eqn.primitive.name != "stop_gradient"]
+    found = set(sources)
+    for eqn in through:
+        if any(is_var(atom) and atom in found for atom in eqn.invars):
+            found.update(eqn.outvars)
+    return found & ancestors(through, targets)
+
+
 def free_variables(
     eqns: Sequence[core.JaxprEqn], outvars: Iterable[Any]
 ) -> list[core.Var]:
