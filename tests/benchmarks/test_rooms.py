@@ -68,15 +68,18 @@ FLOORS = {
     ),
     "tuning": (
         ("space", "tasks"),
-        ("methods", "protocol"),
+        ("method", "protocol"),
+        ("family",),
+        ("methods",),
         ("results", "runs"),
         ("report", "workers"),
         ("tune",),
     ),
     "front": (("readme",),),
-    "tuning.report": (("summary",), ("plot",), ("pareto",), ("page",)),
+    "tuning.report": (("summary",), ("plot",), ("pareto",), ("page",), ("family",)),
     "tuning.runs": (
         ("course", "measures", "optimizers"),
+        ("trajectory",),
         ("images", "runner", "text"),
     ),
     "faults": (
@@ -93,7 +96,7 @@ FLOORS = {
         ("demo_run", "precision"),
     ),
     "speed": (
-        ("flops", "workloads"),
+        ("flops", "settings", "workloads"),
         ("baselines", "report"),
         ("racers",),
         ("limits", "race"),

@@ -27,7 +27,7 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
         "--methods",
         type=parse.split,
         default=("five",),
-        help="names with commas, or all, five, five-adamw (default: five)",
+        help="names with commas, or all, five, five-adamw, family (default: five)",
     )
     add_to("--trials", type=parse.count, default=32, help="of each method")
     add_to("--seeds", type=parse.count, default=5, help="fresh ones, for the best")

@@ -8,7 +8,7 @@ from typing import Any
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.rows import MetricsFile, read_rows, Row
 from lwsam_bench.training.config import differences
-from lwsam_bench.tuning.methods import Method
+from lwsam_bench.tuning.method import Method
 from lwsam_bench.tuning.protocol import Protocol, Request
 from lwsam_bench.tuning.tasks import Task
 

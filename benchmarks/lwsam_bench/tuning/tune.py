@@ -17,9 +17,9 @@ from rich.progress import (
 from lwsam_bench.support.row_lock import row_lock
 from lwsam_bench.support.rows import output_folder, Row
 from lwsam_bench.tuning import workers
-from lwsam_bench.tuning.methods import Method
+from lwsam_bench.tuning.method import Method
 from lwsam_bench.tuning.protocol import Protocol
-from lwsam_bench.tuning.report import page
+from lwsam_bench.tuning.report import family, page
 from lwsam_bench.tuning.results import Cell, Results, ROWS
 from lwsam_bench.tuning.tasks import Task
 
@@ -49,8 +49,9 @@ def run(
       data_dir: Folder of tensorflow-datasets.
       out: Folder of the rows; pages come here, too.
       console: Where to report.
-      docs: Folder with a page `tuning.md` to be brought up to date, from all tunings
-        beside `out`; or None.
+      docs: Folder with the pages `tuning.md` and `pareto.md` to be brought up to date,
+        from all tunings beside `out`, or `family.md` if presets are among the methods;
+        or None.
       processes: How many run at a time, each on one core; 0: this one alone, on all
         that it has.
       render_only: Whether to leave it at the rows that are there.
@@ -66,9 +67,10 @@ def run(
                 _run(task, methods, protocol, data_dir, results, console, processes)
             finally:
                 results.close()
-    page.write(folder)
+    of_family = family.is_of_family(methods)
+    (family if of_family else page).write(folder)
     if docs is not None:
-        page.write_docs(folder.parent, docs)
+        (family if of_family else page).write_docs(folder.parent, docs)
     console.print(f"rows, tables and plots are in {folder}/", soft_wrap=True)
     return 0
 

@@ -83,7 +83,7 @@ def all_rows(folder: pathlib.Path) -> list[list[Row]]:
 def section(rows: Sequence[Row], plot_folder: str) -> str:
     """Return the Markdown of one task."""
     found = summarize(rows)
-    lines = [f"## {title(rows[0]['task'])}", _facts(rows)]
+    lines = [f"## {title(rows[0]['task'])}", facts(rows)]
     for family in ("sgd", "adamw"):
         some = {n: t for n, t in found.items() if t[0].method.family == family}
         if not some:
@@ -100,7 +100,8 @@ def section(rows: Sequence[Row], plot_folder: str) -> str:
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def _facts(rows: Sequence[Row]) -> str:
+def facts(rows: Sequence[Row]) -> str:
+    """Return how much was tried, in a sentence or two."""
     task, origin = rows[-1]["task"], rows[-1]["origin"]
     items = "characters" if task["dataset"] == TEXT else "images"
     draws = len({row["draws"] for row in rows})

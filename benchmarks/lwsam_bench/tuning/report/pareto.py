@@ -39,6 +39,7 @@ class Point:
       tuned: The set of draws that counts.
       rival: The base optimizer that may cost as much, in the same set of draws.
       lead: The difference of both in the set of draws where it is worse.
+      every: All sets of draws.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Point:
     tuned: Tuned
     rival: Tuned | None = None
     lead: Gap | None = None
+    every: Sequence[Tuned] = ()
 
     @property
     def score(self) -> float:
@@ -96,9 +98,9 @@ def section(rows: Sequence[Row]) -> str:
         ]
         if absent:
             lines.append(f"Not run: {'; '.join(absent)}.")
-    unfinished = _unfinished(rows)
-    if unfinished:
-        lines.append(f"Not finished: {'; '.join(unfinished)}.")
+    halves = unfinished(rows)
+    if halves:
+        lines.append(f"Not finished: {'; '.join(halves)}.")
     return "\n\n".join(lines) + "\n"
 
 
@@ -115,7 +117,7 @@ def points(rows: Sequence[Row], family: str) -> list[Point]:
         if tuned:
             one = counted(tuned, "last")
             label = f"{one.method.label}, {_STEPS[length]}"
-            made.append(Point(label, _cost(one), one))
+            made.append(Point(label, one.cost, one, every=tuned))
     for name, tuned in found.items():
         if name == family:
             continue
@@ -128,7 +130,14 @@ def points(rows: Sequence[Row], family: str) -> list[Point]:
             and (lead := gap(t, rival, "last")) is not None
         ]
         made.append(
-            Point(one.method.label, _cost(one), one, rivals[one.draws], worst(leads))
+            Point(
+                one.method.label,
+                one.cost,
+                one,
+                rivals[one.draws],
+                worst(leads),
+                every=tuned,
+            )
         )
     return sorted(made, key=lambda point: point.gradients)
 
@@ -150,14 +159,10 @@ def _rival(base: Mapping[float, list[Tuned]], tuned: Tuned) -> Tuned | None:
     It was run at three lengths: the first that costs no less may be spent, and all below.
     """
     mine = [t for some in base.values() for t in some if t.draws == tuned.draws]
-    mine.sort(key=_cost)
-    below = sum(_SLACK * _cost(t) < _cost(tuned) for t in mine)
+    mine.sort(key=lambda t: t.cost)
+    below = sum(_SLACK * t.cost < tuned.cost for t in mine)
     allowed = mine[: below + 1]
     return max(allowed, key=lambda t: merit(list(t.rows.values())), default=None)
-
-
-def _cost(tuned: Tuned) -> float:
-    return tuned.mean("gradients")[0]
 
 
 def _table(some: Sequence[Point], best: Sequence[Point], family: str) -> str:
@@ -173,7 +178,7 @@ def _table(some: Sequence[Point], best: Sequence[Point], family: str) -> str:
                 f"**{point.label}**" if point in best else point.label,
                 f"{point.gradients:.0f}",
                 measure.text(*point.tuned.score("last")),
-                "–" if rival is None else f"{_cost(rival):.0f}",
+                "–" if rival is None else f"{rival.cost:.0f}",
                 "–" if rival is None else measure.text(*rival.score("last")),
                 lead,
             ]
@@ -212,7 +217,7 @@ def _sentence(some: Sequence[Point], family: str) -> str:
     return f"Ahead of {name} that may cost as much: {'; '.join(ahead)}."
 
 
-def _unfinished(rows: Sequence[Row]) -> list[str]:
+def unfinished(rows: Sequence[Row]) -> list[str]:
     """Return the methods that lack final runs in some set of draws."""
     final = {
         (r["method"], r["draws"], r["seed"]) for r in rows if r["phase"] == "final"

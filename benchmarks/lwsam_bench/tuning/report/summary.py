@@ -7,7 +7,8 @@ from typing import Any
 
 from lwsam_bench.pages.report import mean_and_error
 from lwsam_bench.support.rows import Row
-from lwsam_bench.tuning.methods import BY_NAME, Method, METHODS
+from lwsam_bench.tuning.method import Method
+from lwsam_bench.tuning.methods import BY_NAME
 from lwsam_bench.tuning.protocol import merit
 from lwsam_bench.tuning.space import Range
 
@@ -98,6 +99,11 @@ class Tuned:
         """Return mean and standard error of what counts, by one of `STOPS`."""
         return self.mean(stop, self.measure.field)
 
+    @property
+    def cost(self) -> float:
+        """Mean gradients of a whole run."""
+        return self.mean("gradients")[0]
+
     def part(self, number: int) -> tuple[float, float]:
         """Return mean and standard error of the last accuracy on a turn's classes."""
         last = [row["last"]["parts"][number] for row in self.rows.values()]
@@ -144,7 +150,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, list[Tuned]]:
     A base optimizer is the better of the same and of twice the steps, by validation.
     """
     found: dict[str, list[Tuned]] = {}
-    for method in METHODS:
+    for method in BY_NAME.values():
         by_draws: dict[int, list[Tuned]] = {}
         for length in (1.0, 2.0):
             for tuned in length_of(rows, method.name, length):

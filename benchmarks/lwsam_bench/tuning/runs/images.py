@@ -18,7 +18,7 @@ from lwsam_bench.models.network import Network
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.rows import Row
 from lwsam_bench.training.recipe import LossFn, make_loss_fn
-from lwsam_bench.tuning.runs import course, measures
+from lwsam_bench.tuning.runs import course, measures, trajectory
 from lwsam_bench.tuning.runs.course import Start
 from lwsam_bench.tuning.tasks import Task
 
@@ -38,10 +38,13 @@ class ImageCourse:
     Args:
       task: The task.
       data_dir: Folder of tensorflow-datasets.
+      held: Share of the training images, in each turn, that validates.
     """
 
-    def __init__(self, task: Task, data_dir: str | None):
-        self.task = task
+    def __init__(
+        self, task: Task, data_dir: str | None, held: float = course.VALIDATION
+    ):
+        self.task, self._held = task, held
         whole = sources.load(
             task.dataset,
             data_dir,
@@ -57,7 +60,7 @@ class ImageCourse:
         self._test = [
             (self._normalized(part.images), part.labels) for part in self._parts(test)
         ]
-        self.start = functools.lru_cache(course.KEPT_SEEDS)(self._start)
+        self.start = functools.lru_cache(course.KEPT_SEEDS)(self.start_of)
         self._logits = jax.jit(
             lambda params, state, images: self._network.apply(
                 params, state, images, train=False
@@ -73,6 +76,12 @@ class ImageCourse:
         """Return one of `LOSSES`; the batch has its numbers beside images and labels."""
         if kind == "plain":
             return make_loss_fn(self._network) if self.task.turns == 1 else self._plain
+        if kind == "losses":
+            self._refuse_turns(kind)
+            return make_loss_fn(self._network, per_example=True)
+        if kind in trajectory.LOSSES:
+            self._refuse_turns(kind)
+            return trajectory.loss_fn(kind, self._network)
         return {"smoothing": self._smoothed, "penalty": self._penalized}[kind]
 
     def validate(self, params: Any, start: Start) -> Row:
@@ -99,6 +108,13 @@ class ImageCourse:
         for name in changed[0]:
             survival[name] = accuracy(params, [part[name] for part in changed])
         return {**self._judged(params, states, self._test), "survival": survival}
+
+    def _refuse_turns(self, kind: str) -> None:
+        if self.task.turns > 1:
+            raise UserError(
+                f"--methods: a loss of kind {kind} is for all classes at once; take"
+                f" others for {self.task.name}, such as five"
+            )
 
     def _judged(self, params: Any, states: Any, parts: Any) -> Row:
         found = []
@@ -145,7 +161,8 @@ class ImageCourse:
         each = [turn == number for number in range(self.task.turns)]
         return [splits.Split(split.images[of], split.labels[of]) for of in each]
 
-    def _start(self, seed: int) -> Start:
+    def start_of(self, seed: int, fold: int = 0) -> Start:
+        """Return what a seed decides; each fold holds out other images."""
         parts = self._parts(self._dataset.train)
         batches, samples, validation = [], [], []
         for turn, train in enumerate(parts):
@@ -155,7 +172,8 @@ class ImageCourse:
             )
             order = np.random.default_rng([seed, course.SPLIT_STREAM])
             order = order.permutation(len(train))
-            held = round(course.VALIDATION * len(train))
+            held = round(self._held * len(train))
+            order = np.roll(order, -fold * held)
             held_out, rest = np.sort(order[:held]), np.sort(order[held:])
             if self.task.batch_size > len(rest):
                 raise UserError(
@@ -187,6 +205,10 @@ class ImageCourse:
             batches=lambda steps: in_turn(batches, steps),
             validation=tuple(validation),
             samples=tuple(samples),
+            rows=trajectory.rows(len(rest), self.task.batch_size, seed)
+            if len(parts) == 1
+            else None,
+            classes=self._dataset.num_classes,
         )
 
     def _normalized(self, images: np.ndarray) -> Array:

@@ -18,7 +18,7 @@ from lwsam_bench.training.config import DECAY_AT
 MOMENTUM = 0.9
 
 # Beside `lr`, `weight_decay` and `steps`.
-OPTIMIZERS = ("sgd", "nesterov", "ema", "adamw", "nadamw")
+OPTIMIZERS = ("sgd", "nesterov", "ema", "adamw", "nadamw", "amsgrad")
 
 
 def make(name: str) -> optax.GradientTransformation:
@@ -102,6 +102,14 @@ def _adamw(lr: Any, weight_decay: Any, steps: Any, *, nesterov: bool = False) ->
     )
 
 
+def _amsgrad(lr: Any, weight_decay: Any, steps: Any) -> Any:
+    return optax.chain(
+        optax.scale_by_amsgrad(),
+        _decay(weight_decay),
+        optax.scale_by_learning_rate(_schedule(lr, steps)),
+    )
+
+
 def _averaged_sgd(lr: Any, weight_decay: Any, steps: Any, average: Any) -> Any:
     return optax.chain(_sgd(lr, weight_decay, steps), averaged(average * steps))
 
@@ -116,4 +124,5 @@ _BUILDERS: Mapping[str, Callable[..., Any]] = {
     "nadamw": lambda lr, weight_decay, steps: _adamw(
         lr, weight_decay, steps, nesterov=True
     ),
+    "amsgrad": _amsgrad,
 }
