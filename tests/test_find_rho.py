@@ -140,6 +140,18 @@ def test_a_gain_has_to_be_larger_than_its_noise():
     assert find(lambda s: next(scores), rhos=[0.1], rungs=1, confidence=3.6).rho == 0
 
 
+def test_a_score_may_have_the_number_of_the_repeat():
+    asked = []
+
+    def of_repeat(state, repeat):
+        asked.append(repeat)
+        return peak(state) + 100 * repeat
+
+    assert find(of_repeat, repeats=4).rho == pytest.approx(0.4)
+    assert asked[:8] == [0, 1, 2, 3] * 2
+    assert find(lambda state, often=1: often * peak(state)).rho == pytest.approx(0.4)
+
+
 def test_equal_scores_propose_0():
     assert find(lambda s: 1.0).rho == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ def find_rho(
     step: Callable[[Any, Any], tuple[Any, Any]],
     state: Any,
     batches: Iterable[Any] | Callable[[int], Iterable[Any]],
-    validate: Callable[[Any], float],
+    validate: Callable[..., float],
     *,
     steps: int,
     rhos: Sequence[float] | None = None,
@@ -91,8 +92,10 @@ def find_rho(
         ladder.
       batches: Batches that can be gone through anew, or an iterator, or a function of the
         repeat's number that returns some. What ends is begun again.
-      validate: The score of a state, a number; of validation data, never of test data.
-        For `perturbed` evaluate `eval_params`. Not finite is worst.
+      validate: `(state) -> score` or `(state, repeat) -> score`, a number; of validation
+        data, never of test data. With the repeat's number it can hold out other examples
+        for each, which `batches(repeat)` leaves out: then more of them are seen, and the
+        noise has theirs. For `perturbed` evaluate `eval_params`. Not finite is worst.
       steps: Steps of the longest training, at least one for each rung.
       rhos: The radii to try, above 0; None: seven, each twice the one before, with that
         of the state in the middle.
@@ -169,7 +172,8 @@ class _Sweep:
     """Trains runs side by side, and counts."""
 
     def __init__(self, step: Any, batches: Any, validate: Any, sign: float) -> None:
-        self._step, self._batches, self._validate = step, batches, validate
+        self._step, self._batches = step, batches
+        self._validate = _of_repeat(validate)
         self.sign, self.steps = sign, 0
         self.gradients: float | None = 0.0
         self._open: dict[int, Iterator[Any]] = {}
@@ -188,7 +192,8 @@ class _Sweep:
             self.gradients = None
         elif self.gradients is not None:
             self.gradients += len(overheads) + float(np.sum(jax.device_get(overheads)))
-        scores = [[self.sign * float(self._validate(s)) for s in row] for row in runs]
+        score = lambda repeat, s: self.sign * float(self._validate(s, repeat))
+        scores = [[score(*numbered) for numbered in enumerate(row)] for row in runs]
         return np.where(np.isfinite(scores), scores, -np.inf)
 
     def _next(self, repeat: int) -> Any:
@@ -203,6 +208,17 @@ class _Sweep:
             del self._open[repeat]
         remedy = "Pass batches that can be gone through anew, or an iterator with more."
         raise _checks.value_error(_WHO, "batches", "enough of them", "no more", remedy)
+
+
+def _of_repeat(validate: Callable[..., float]) -> Callable[[Any, int], float]:
+    """Returns a score as a function of two: as given, if one argument is not enough."""
+    try:
+        inspect.signature(validate).bind(None)
+    except TypeError:
+        return validate
+    except ValueError:  # no signature to read
+        pass
+    return lambda state, repeat: validate(state)
 
 
 def _at_least(name: str, x: Any, least: int, remedy: str) -> None:

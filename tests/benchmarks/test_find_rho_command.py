@@ -5,6 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
+from lwsam_bench.models import smallcnn
 from lwsam_bench.radius import report, run, trials
 from lwsam_bench.support.errors import UserError
 
@@ -74,8 +75,8 @@ CALLS: list = []
 class Fake:
     """A trainer that only counts."""
 
-    def __init__(self, course):
-        del course
+    def __init__(self, course, sweeping):
+        del course, sweeping
 
     def grid(self, rho, seed):
         CALLS.append((rho, seed))
@@ -90,7 +91,9 @@ class Fake:
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "Trainer", Fake)
-    monkeypatch.setattr("lwsam_bench.tuning.runs.images.ImageCourse", lambda *_: None)
+    monkeypatch.setattr(
+        "lwsam_bench.tuning.runs.images.ImageCourse", lambda *_, held: None
+    )
     CALLS.clear()
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -119,6 +122,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
 
 def test_it_trains_sweeps_and_judges(tmp_path, monkeypatch):
     """Of everything as little as there can be."""
+    monkeypatch.setattr(smallcnn, "BLOCKS", ((4, 1),))
     for name, value in (("STEPS", 4), ("SEEDS", range(1)), ("RADII", (0.4, 0.8))):
         monkeypatch.setattr(trials, name, value)
     (name, *_) = run.FOUR

@@ -66,9 +66,11 @@ def _run(
     missing = [key for key in _wanted(name) if key not in done]
     if not missing:
         return
+    from lwsam_bench.tuning.runs.course import VALIDATION
     from lwsam_bench.tuning.runs.images import ImageCourse
 
-    trainer, origin = trials.Trainer(ImageCourse(task, data_dir)), provenance()
+    courses = (ImageCourse(task, data_dir, held=x) for x in (VALIDATION, trials.HELD))
+    trainer, origin = trials.Trainer(*courses), provenance()
     with MetricsFile(path, keep_until=0) as file:
         for kind, _, rho, seed in missing:
             row = trainer.sweep(seed) if rho is None else trainer.grid(rho, seed)

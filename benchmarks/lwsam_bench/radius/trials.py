@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import lwsam_jax as lwsam
 from lwsam_bench.support.rows import Row
 from lwsam_bench.tuning.runs import optimizers
+from lwsam_bench.tuning.runs.course import Start
 from lwsam_bench.tuning.runs.images import ImageCourse
 
 
@@ -21,6 +22,7 @@ EXAMPLES = 10  # of the ascent: 1.1 gradients a step
 MIDDLE = 0.4
 RADII = tuple(MIDDLE * 2.0**i for i in range(-3, 4))  # the ladder of `find_rho`
 SEEDS = range(5)
+HELD = 0.3  # of the training images, in each repeat of a sweep others
 SWEEP_SEED = 1000  # whose initial parameters, noise and validation images are others
 
 
@@ -29,10 +31,11 @@ class Trainer:
 
     Args:
       course: The task.
+      sweeping: The same, with what a repeat of a sweep holds out.
     """
 
-    def __init__(self, course: ImageCourse):
-        self._course = course
+    def __init__(self, course: ImageCourse, sweeping: ImageCourse):
+        self._course, self._sweeping = course, sweeping
         self._optimizer = optimizers.make("sgd")
         method = lwsam.sam(MIDDLE, ascent=lwsam.micro_batch(size=EXAMPLES))
         self._step = lwsam.TrainStep(course.loss_fn("plain"), self._optimizer, method)
@@ -40,30 +43,34 @@ class Trainer:
     def grid(self, rho: float, seed: int) -> Row:
         """Return the row of a training: how it does on the images of the test."""
         began = time.perf_counter()
-        state = self._start(seed)
+        start = self._course.start(seed)
+        state, batch = self._first(start), start.batches(STEPS)
         rho_now = jnp.full_like(state.hyperparams["rho"], rho)
         state = state._replace(hyperparams={**state.hyperparams, "rho": rho_now})
-        for batch in itertools.islice(self._batches(seed), STEPS):
-            state, _ = self._step(state, batch)
-        start = self._course.start(seed)
+        for number in range(STEPS):
+            state, _ = self._step(state, batch(number))
         return {
             "kind": "grid",
             "rho": rho,
             "seed": seed,
             "accuracy": self._course.test(state.params, start)["accuracy"],
-            "validation": self._validate(state, seed),
+            "validation": self._course.validate(state.params, start)["accuracy"],
             "seconds": round(time.perf_counter() - began, 2),
         }
 
     def sweep(self, seed: int = SWEEP_SEED) -> Row:
         """Return the row of a sweep: what it proposes, tries and costs."""
         began = time.perf_counter()
+        make = functools.cache(lambda fold: self._sweeping.start_of(seed, fold))
+
+        def batches(repeat: int) -> Iterator[Any]:
+            return map(make(repeat).batches(STEPS), itertools.count())
+
+        def validate(state: Any, repeat: int) -> float:
+            return self._sweeping.validate(state.params, make(repeat))["accuracy"]
+
         found = lwsam.find_rho(
-            self._step,
-            self._start(seed),
-            functools.partial(self._batches, seed),
-            functools.partial(self._validate, seed=seed),
-            steps=STEPS,
+            self._step, self._first(make(0)), batches, validate, steps=STEPS
         )
         return {
             "kind": "sweep",
@@ -81,22 +88,14 @@ class Trainer:
             "seconds": round(time.perf_counter() - began, 2),
         }
 
-    def _start(self, seed: int) -> Any:
-        start = self._course.start(seed)
+    def _first(self, start: Start) -> Any:
+        """Return the state before the first step."""
         state = self._step.init(
             start.params,
             start.model_state,
             start.batches(STEPS)(0),
-            key=jax.random.key(seed),
+            key=jax.random.key(start.seed),
         )
         config = {"lr": RATE, "weight_decay": DECAY, "steps": STEPS}
         opt_state = optimizers.with_numbers(state.opt_state, config)
         return state._replace(opt_state=opt_state)
-
-    def _batches(self, seed: int, repeat: int = 0) -> Iterator[Any]:
-        """Yield batches in order; each repeat begins where the one before would end."""
-        batch = self._course.start(seed).batches(STEPS)
-        return (batch(repeat * STEPS + i) for i in itertools.count())
-
-    def _validate(self, state: Any, seed: int) -> float:
-        return self._course.validate(state.params, self._course.start(seed))["accuracy"]
