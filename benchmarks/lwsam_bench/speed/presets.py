@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 import lwsam_jax as lwsam
 from lwsam_bench.models import by_name
 from lwsam_bench.models.network import Network
 from lwsam_bench.pages.docs import replace_generated
+from lwsam_bench.speed import settings
+from lwsam_bench.speed.settings import Setting
 from lwsam_bench.support.measure import flops
 from lwsam_bench.support.provenance import provenance
 from lwsam_bench.support.rows import read_rows, Row, write_rows, write_text
-from lwsam_bench.training.recipe import make_loss_fn
 
 
 MARK = "costs of the presets"
@@ -34,10 +34,16 @@ class Case:
     Attributes:
       make: Makes the method.
       share: Of the steps that take an ascent; None: the gradient decides.
+      setting: `(net, batch)` to what it trains.
     """
 
     make: Callable[[], lwsam.Method]
     share: float | None = 1.0
+    setting: Callable[[Network, Any], Setting] = settings.plain
+
+
+def _none() -> lwsam.Method:
+    return lwsam.Method(lwsam.nothing(), rho=0.0)
 
 
 CASES: Mapping[str, Case] = {
@@ -76,6 +82,12 @@ CASES: Mapping[str, Case] = {
     "arwp": Case(lambda: lwsam.arwp(0.01)),
     "m_arwp": Case(lambda: lwsam.m_arwp(0.01)),
     "damp": Case(lambda: lwsam.damp(0.2)),
+    "flat_lora": Case(
+        lambda: lwsam.flat_lora(0.05, settings.SCALE), setting=settings.with_adapters
+    ),
+    "saf": Case(_none, setting=settings.with_saf),
+    "mesa": Case(_none, setting=settings.with_mesa),
+    "das": Case(_none, setting=settings.with_das),
     "sam, momentum (MSAM)": Case(lambda: lwsam.sam(3.0, ascent=lwsam.momentum())),
     "sam, every second step": Case(
         lambda: lwsam.sam(0.05, when=lwsam.every(2)), share=1 / 2
@@ -148,25 +160,37 @@ def measured(case: Case, model: str, batch_size: int, image_size: int) -> Row:
     shape = (image_size, image_size, 1)
     net = by_name.build(model, image_shape=shape, num_classes=CLASSES, seed=0)
     parts = Network.of(net, by_name.trainable(model))
-    loss_fn = make_loss_fn(parts, per_example=True)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(batch_size, *shape)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, CLASSES, batch_size), jnp.int32),
     }
-    step = lwsam.TrainStep(loss_fn, optax.sgd(0.1, momentum=0.9), case.make())
-    state = step.init(parts.params, parts.model_state, batch, key=jax.random.key(0))
-    plain = flops(step.lower(state, batch, ()).compile())
-    perturbed = flops(step.lower(state, batch).compile())
-    _, info = step(state, batch)
+    setting = case.setting(parts, batch)
+    step, state = _made(setting, case.make())
+    base, before = step, state
+    if not setting.is_plain:
+        base, before = _made(settings.plain(parts, batch), _none())
+    seen = setting.batch if setting.is_plain else batch
+    plain = flops(base.lower(before, seen, ()).compile())
+    perturbed = flops(step.lower(state, setting.batch).compile())
+    _, info = step(state, setting.batch)
     if not bool(info.finite):
         raise ValueError("the step is not finite")
     return {
-        "by_model": 1 + float(info.overhead),
+        "by_model": (1 + float(info.overhead)) * step.cost.plain / base.cost.plain,
         "by_xla": perturbed / plain,
         "share": case.share,
         "layers": int(info.mask.sum()),
     }
+
+
+def _made(setting: Setting, method: lwsam.Method) -> tuple[Any, Any]:
+    """Return the train step of a method, and its first state."""
+    step = lwsam.TrainStep(setting.loss_fn, setting.optimizer, method)
+    state = step.init(
+        setting.params, setting.model_state, setting.batch, key=jax.random.key(0)
+    )
+    return step, state
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -191,6 +215,7 @@ def table(rows: Sequence[Row]) -> str:
         f" JAX {packages['jax']}, {first['provenance']['platform']}. The model counts the"
         " passes; XLA counts the whole compiled step, so also the perturbation, the"
         " combination and the optimizer, which weigh more in a net as small as this. Of"
-        " AE-SAM's step XLA counts the branch that costs more."
+        " AE-SAM's step XLA counts the branch that costs more. Flat-LoRA is over the same"
+        " adapters without noise. MSAM is `momentum_sam` as well, and AdaSAM is `sam`."
     )
     return "\n".join(lines) + f"\n\n{notes}\n"
