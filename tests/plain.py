@@ -188,3 +188,14 @@ def take_step(tx, loss_fn, params, opt_state, *, form="value_fn", selection=None
         grads, opt_state, params, selection=selection, **extra, **kw
     )
     return optax.apply_updates(params, updates), opt_state
+
+
+def says(error, argument, *words):
+    """The message names the argument in backticks, what came, and then advises."""
+    text = str(error.value)
+    assert f"`{argument}`" in text, text
+    for word in words:
+        assert word in text, text
+    advice = re.search(r"\bgot .*?\. (?P<advice>[A-Z0-9].*)", text, re.DOTALL)
+    assert advice, text
+    assert len(advice["advice"].split()) >= 4, text
