@@ -152,6 +152,20 @@ def test_a_score_may_have_the_number_of_the_repeat():
     assert find(lambda state, often=1: often * peak(state)).rho == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(("at_the_end", "rho"), [(0.0, 0.4), (-1e-3, 0.0)])
+def test_what_is_better_in_the_second_half_must_be_no_worse_at_the_end(at_the_end, rho):
+    """At half of the steps 0.4 is ahead by 1."""
+    ahead = {2: 9.0, 4: 1.0, 8: at_the_end}
+
+    def validate(state):
+        return ahead[state.step] if rho_of(state) == pytest.approx(0.4) else 0.0
+
+    found = find(validate)
+    assert found.rho == pytest.approx(rho)
+    assert found.gain == pytest.approx((1 + at_the_end) / 2)
+    assert ("gone at the end" in found.why) == (rho == 0)
+
+
 def test_equal_scores_propose_0():
     assert find(lambda s: 1.0).rho == 0
 

@@ -38,11 +38,11 @@ class FoundRho(NamedTuple):
 
     Attributes:
       rho: The radius; 0 where none was better than 0 by more than the noise.
-      gain: Mean score of the best radius over that of 0, over the repeats; above 0 is
-        better, whatever `maximize` says.
+      gain: Mean score of the best radius over that of 0, over the repeats and the times
+        in the second half; above 0 is better, whatever `maximize` says.
       noise: Standard error of that gain: by what is left of the scores of all radii that
         were compared at a time, once the means of each radius and of each repeat are
-        taken out; the largest of these times.
+        taken out; the largest of these times, as if a mean of them were no surer.
       trials: Every radius at every time when it was validated.
       steps: Steps that the sweep trained, of all radii together.
       gradients: The same in plain gradients, by `info.overhead`; None if steps report
@@ -76,9 +76,10 @@ def find_rho(
 
     All radii, and 0, are trained from the same state on the same batches. At each of
     the rungs (after 1/4, 1/2 and all of the steps, if there are three) the better half
-    goes on, and 0 always does. The best one is proposed if over the repeats its score is
-    better than that of 0 by more than `confidence` standard errors of their difference,
-    and else 0 is. The radius is data of the state, so that nothing compiles
+    goes on, and 0 always does. The best one is proposed if over the repeats, and over the
+    rungs from half of the steps on, its score is better than that of 0 by more than
+    `confidence` standard errors of their difference, and at the end no worse; else 0 is.
+    The radius is data of the state, so that nothing compiles
     again.
 
     The sweep holds a state for each radius and repeat at a time. It sees a training of
@@ -140,12 +141,14 @@ def find_rho(
     sweep = _Sweep(step, batches, validate, 1.0 if maximize else -1.0)
     runs = [[_start(state, rho, r) for r in range(repeats)] for rho in (0.0, *radii)]
     alive, trials, done = [0.0, *radii], [], 0
-    scores, spread = np.zeros((len(alive), repeats)), 0.0
+    spread, late = 0.0, []
     for rung in range(rungs):
         until = max(steps * 2**rung // 2 ** (rungs - 1), rung + 1)
         scores = sweep.train(runs, until - done)
         done = until
         spread = max(spread, _spread(scores))
+        if 2 * done >= steps:
+            late.append(dict(zip(alive, scores, strict=True)))
         trials += [
             Trial(rho, done, tuple((sweep.sign * row).tolist()))
             for rho, row in zip(alive, scores, strict=True)
@@ -153,10 +156,13 @@ def find_rho(
         if rung < rungs - 1:
             kept = _better_half(scores)
             alive, runs = [alive[i] for i in kept], [runs[i] for i in kept]
-    best, gain = _best(scores)
+    means = np.mean([[at[rho] for rho in alive] for at in late], axis=0)
+    best, gain = _best(means)
     noise = math.sqrt(spread / repeats)
-    is_better = gain > confidence * noise and math.isfinite(gain)
-    why = _why(alive[best], gain, noise, confidence, is_better, radii, sweep, done)
+    stays = _best(np.stack([late[-1][0.0], late[-1][alive[best]]]))[1] >= 0
+    is_better = gain > confidence * noise and math.isfinite(gain) and stays
+    asked = f"not {confidence:.3g} standard errors" if stays else "gone at the end"
+    why = _why(alive[best], gain, noise, asked, is_better, radii, sweep, done)
     return FoundRho(
         rho=alive[best] if is_better else 0.0,
         gain=gain,
@@ -322,7 +328,7 @@ def _why(
     rho: float,
     gain: float,
     noise: float,
-    confidence: float,
+    asked: str,
     is_better: bool,
     radii: list[float],
     sweep: _Sweep,
@@ -331,13 +337,14 @@ def _why(
     cost = f"{sweep.steps} steps"
     if sweep.gradients is not None:
         cost += f", {sweep.gradients:.0f} plain gradients"
-    seen = f"{gain:+.4g} over 0, with a standard error of {noise:.2g}"
+    seen = f"{gain:+.4g} over 0, with a standard error of {noise:.2g},"
+    when = f"in the second half of {steps} steps"
     if not is_better:
         return (
-            f"0: the best radius, {rho:.4g}, was {seen}, after {steps} steps, which is "
-            f"not {confidence:.3g} standard errors. The sweep took {cost}."
+            f"0: the best radius, {rho:.4g}, was {seen} {when}, which is {asked}. "
+            f"The sweep took {cost}."
         )
     edge = ""
     if rho in (radii[0], radii[-1]):
         edge = " It is the end of the ladder: try further."
-    return f"{rho:.4g}: {seen}, after {steps} steps.{edge} The sweep took {cost}."
+    return f"{rho:.4g}: {seen} {when}.{edge} The sweep took {cost}."

@@ -132,7 +132,7 @@ def test_it_trains_sweeps_and_judges(tmp_path, monkeypatch):
     sweep, *grid = rows
     tried = {rho for rho, _, _ in sweep["trials"]}
     assert tried == {0.0, *(0.4 * 2.0**i for i in range(-3, 4))}
-    assert {len(scores) for _, _, scores in sweep["trials"]} == {3}
+    assert {len(scores) for _, _, scores in sweep["trials"]} == {trials.REPEATS}
     assert sweep["gradients"] == pytest.approx(1.1 * sweep["steps"], rel=0.02)
     assert [row["rho"] for row in grid] == [0.0, 0.4, 0.8]
     assert all(0 <= row["accuracy"] <= 1 for row in grid)

@@ -22,7 +22,8 @@ EXAMPLES = 10  # of the ascent: 1.1 gradients a step
 MIDDLE = 0.4
 RADII = tuple(MIDDLE * 2.0**i for i in range(-3, 4))  # the ladder of `find_rho`
 SEEDS = range(5)
-HELD = 0.3  # of the training images, in each repeat of a sweep others
+# A quarter of the training images, in each repeat of a sweep another.
+HELD, REPEATS = 0.25, 4
 SWEEP_SEED = 1000  # whose initial parameters, noise and validation images are others
 
 
@@ -70,7 +71,12 @@ class Trainer:
             return self._sweeping.validate(state.params, make(repeat))["accuracy"]
 
         found = lwsam.find_rho(
-            self._step, self._first(make(0)), batches, validate, steps=STEPS
+            self._step,
+            self._first(make(0)),
+            batches,
+            validate,
+            steps=STEPS,
+            repeats=REPEATS,
         )
         return {
             "kind": "sweep",
