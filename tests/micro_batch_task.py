@@ -10,7 +10,7 @@ import reference
 import walk_reference as walk
 from devices import DEVICES
 from plain import enable_x64
-from test_walk import loss_fn, to_tree
+from walk_parts import loss_fn, to_tree
 
 
 KEY = jax.random.key(11)

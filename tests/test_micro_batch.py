@@ -27,7 +27,7 @@ from micro_batch_task import (
     start,
 )
 from plain import enable_x64
-from test_walk import base_optimizer, by_layer, differs, from_tree, loss_fn
+from walk_parts import base_optimizer, by_layer, differs, from_tree, loss_fn
 
 
 # --- which examples -------------------------------------------------------------------

@@ -23,7 +23,7 @@ from micro_batch_task import (
     start,
 )
 from plain import enable_x64
-from test_walk import base_optimizer, differs, from_tree, loss_fn, mean_loss
+from walk_parts import base_optimizer, differs, from_tree, loss_fn, mean_loss
 
 
 # --- what a step reports --------------------------------------------------------------

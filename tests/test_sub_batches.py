@@ -8,10 +8,10 @@ import pytest
 import family_reference as family
 import lwsam_jax as lwsam
 import reference
-import test_walk
+import walk_parts
 import walk_reference as walk
 from plain import enable_x64
-from test_walk import BATCHES, differs, from_tree, method_of
+from walk_parts import BATCHES, differs, from_tree, method_of
 from walk_reference import Parts, SIZE, STEPS
 
 
@@ -36,7 +36,7 @@ REFUSED = [Parts(shape="chain"), Parts(combine="reuse")]
 def run(parts, **options):
     with enable_x64(True):
         method = method_of(parts, split=lwsam.sub_batches(COUNT))
-        step, found = test_walk.trained(method, **options)
+        step, found = walk_parts.trained(method, **options)
     return step, found
 
 
@@ -48,7 +48,7 @@ def blocks_of(parts):
     return [[slice(i, i + count) for i in range(0, EACH - count + 1, count)]] * COUNT
 
 
-@pytest.mark.parametrize("parts", COMBINATIONS, ids=test_walk.name_of)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=walk_parts.name_of)
 def test_each_part_is_the_oracles_step_and_their_mean_is_taken(parts):
     step, found = run(parts, max_executables=3)
     last = walk.first(reference.mlp_params())
@@ -92,7 +92,7 @@ def test_each_part_is_the_oracles_step_and_their_mean_is_taken(parts):
     assert len(found) == STEPS
 
 
-@pytest.mark.parametrize("parts", REFUSED, ids=test_walk.name_of)
+@pytest.mark.parametrize("parts", REFUSED, ids=walk_parts.name_of)
 def test_or_refused_with_a_remedy(parts):
     with pytest.raises(ValueError, match="no `split`"):
         run(parts, steps=1)
