@@ -36,12 +36,12 @@ ARGS ?=
 LIBRARY_TESTS := tests lwsam_jax --ignore=tests/test_docs.py \
 	--ignore=tests/benchmarks
 
-.PHONY: help demo readme test test-slow test-floor test-newest lint format docs flops lock clean
+.PHONY: help demo pages test test-slow test-floor test-newest lint format docs flops lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(READY) ## train on real images with SGD, SAM and layer-wise SAM, side by side
+demo: $(READY) ## race SGD, the momentum, layer-wise SAM and SAM, each as tuned, on real images
 	$(BIN)/lwsam-bench demo
 
 test: $(READY) ## run all tests but those of test-slow
@@ -64,8 +64,8 @@ format: $(READY) ## rewrite the code in the project's style
 docs: $(READY) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-readme: $(READY) ## bring the README's tables up to date from committed rows
-	$(BIN)/python -m lwsam_bench.front.readme
+pages: $(READY) ## bring what README and docs have of committed rows up to date
+	$(BIN)/python -m lwsam_bench.front.pages
 
 flops: $(READY) ## FLOPs of the compiled ResNet-20 step over a plain gradient
 	$(BIN)/lwsam-bench flops

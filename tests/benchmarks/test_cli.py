@@ -125,10 +125,10 @@ def test_steps_and_epochs_exclude_each_other(capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize("command", [("train", "--steps", "1"), ("demo",)])
 def test_output_that_cannot_be_written(tmp_path, capsys, command):
     (tmp_path / "file").touch()
-    assert main([command, "--steps", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert main([*command, "--out", str(tmp_path / "file" / "out")]) == 2
     assert "cannot write to --out" in capsys.readouterr().err
 
 

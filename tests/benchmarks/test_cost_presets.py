@@ -34,17 +34,6 @@ def test_a_row_is_measured_once_and_the_page_is_made_of_it(tmp_path):
     assert "| sam | 29 | 2.00 |" in text
 
 
-def test_the_committed_page_is_made_of_the_committed_rows():
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    names = [row["preset"] for row in rows]
-    assert names == [name for name in presets.CASES if name in names]
-    assert "sam" in names
-    opening, closing = marks(presets.MARK)
-    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
-    found = page.split(opening)[1].split(closing)[0]
-    assert found.strip() == presets.table(rows).strip()
-
-
 def test_what_the_committed_rows_say():
     """Savings are real: by XLA as well as by the model."""
     lines = ROWS.read_text().splitlines()

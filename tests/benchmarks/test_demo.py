@@ -1,112 +1,143 @@
-"""The demo leaves a table, rows and plots; a table says what the rows say."""
+"""The demo takes its recipes from rows, and says what is no difference."""
 
-import collections
 import dataclasses
-import math
-import pathlib
-import statistics
+import json
 
 import pytest
 
 from lwsam_bench.commands.cli import main
+from lwsam_bench.front import committed, demo
 from lwsam_bench.models import smallcnn
-from lwsam_bench.pages import report
-from lwsam_bench.support.measure import Stopwatch
+from lwsam_bench.tuning.report.summary import summarize
+from lwsam_bench.tuning.tasks import TASKS
+
+
+TASK = dataclasses.replace(TASKS["digits"], train_images=100, batch_size=20, noise=0.4)
+CONFIG = {"lr": 0.05, "weight_decay": 1e-3, "steps": 4}
+
+
+def row(method, draws, accuracy, *, seed=0, length=1.0, phase="final", **config):
+    """A row as a tuning leaves it."""
+    judged = {"accuracy": accuracy, "loss": 1.0, "ece": 0.1, "survival": {}}
+    steps = round(CONFIG["steps"] * length)
+    return {
+        "kind": "run",
+        "method": method,
+        "draws": draws,
+        "phase": phase,
+        "trial": 5,
+        "seed": seed,
+        "length": length,
+        "config": {**CONFIG, **config},
+        "ranges": {},
+        "validation": judged,
+        "steps": steps,
+        "price": 1.0,
+        "gradients": float(steps),
+        "cpu_seconds": 1.0,
+        "last": judged,
+        "selected": judged,
+        "trials": 8,
+        "task": dataclasses.asdict(TASK),
+        "origin": {"packages": {"jax": "0"}, "platform": "cpu", "cores": 1},
+    }
+
+
+TUNED = [
+    row("sgd", 0, 0.6),
+    row("sgd", 0, 0.7, length=2.0),  # better: this is what runs
+    row("sgd", 1, 0.7),
+    row("sgd", 1, 0.6, length=2.0),
+    row("sgd", 1, 0.9, phase="trial"),  # was not chosen
+    row("momentum-relative", 0, 0.7, rho=0.03),
+    row("momentum-relative", 1, 0.7, rho=0.05),
+    row("random-relative", 0, 0.7, rho=0.03),  # not in the demo
+]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The results of a demo of 20 steps with a network of four layers."""
+    """The results of a demo of some steps with a network of four layers."""
     folder = tmp_path_factory.mktemp("demo")
+    recipes = folder / "recipes.jsonl"
+    recipes.write_text("".join(json.dumps(x) + "\n" for x in TUNED))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lwsam_bench.support.cache.enable", lambda: None)
         patch.setattr(smallcnn, "BLOCKS", ((4, 1),))
-        code = main(["demo", "--out", str(folder), "--seeds", "2", "--steps", "20"])
-    assert code == 0
+        arguments = ["--out", str(folder), "--seeds", "2", "--rows", str(recipes)]
+        assert main(["demo", *arguments]) == 0
     return folder
 
 
-def test_files(out):
-    for name in ("learning-curves.png", "layer-norms.png", "selection.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    table = (out / "demo-table.md").read_text()
-    assert table.count("\n| ") == 5  # the rule and four methods
-    for label in ("SGD", "SAM every 2nd step", "SAM", "layer-wise SAM, top 4"):
-        assert f"| {label} |" in table
-    assert "2 seeds" in table
-
-
-def test_rows(out, rows):
-    everything = rows(out / "demo-rows.jsonl")
-    epochs = [row for row in everything if row["kind"] == "epoch"]
-    assert len(epochs) == 4 * 2 * 2  # methods, seeds, epochs
-    assert {row["step"] for row in epochs} == {10, 20}
-    cost = {row["label"]: row for row in everything if row["kind"] == "summary"}
-    assert cost["SGD"]["overhead"] == 0
-    assert cost["SGD"]["time"] == 1
-    assert cost["SAM"]["overhead"] == pytest.approx(1, abs=0.01)
-    every2 = cost["SAM every 2nd step"]["overhead"]
-    assert every2 == pytest.approx(0.5, abs=0.01)
-    # All four layers of this network: as dear as SAM.
-    assert cost["layer-wise SAM, top 4"]["overhead"] == pytest.approx(1, abs=0.02)
-    assert all(len(row["test_accuracy"]) == 2 for row in cost.values())
-    # One executable for both seeds.
-    assert [row["executables"] for row in cost.values()] == [1, 2, 1, 1]
-
-
-def test_table():
-    row = {"label": "SAM", "rho": 0.3, "overhead": 1.0, "time": 1.8}
-    header, cells = report.table(
-        [
-            {**row, "test_accuracy": [0.8, 0.9, 0.85]},
-            {**row, "test_accuracy": [0.5], "rho": 0.0, "time": math.nan},
+def test_every_recipe_runs_as_its_tuning_left_it(out, rows):
+    made = rows(out / "demo-rows.jsonl")
+    by_seed = {}
+    for found in made:
+        by_seed.setdefault(found["seed"], []).append(found)
+    assert len(by_seed) == 2
+    assert min(by_seed) >= demo.FIRST_SEED
+    for some in by_seed.values():
+        ran = [(x["method"], x["draws"], x["steps"], x["config"]) for x in some]
+        assert ran == [
+            ("sgd", 0, 8, CONFIG),
+            ("sgd", 1, 4, CONFIG),
+            ("momentum-relative", 0, 4, {**CONFIG, "rho": 0.03}),
+            ("momentum-relative", 1, 4, {**CONFIG, "rho": 0.05}),
         ]
-    )
-    assert cells[0] == ["SAM", "0.3", "85.0 ± 2.9 %", "2.00 ×", "1.80 ×"]
-    assert cells[1] == ["SAM", "–", "50.0 %", "2.00 ×", "–"]
-    text = report.markdown(header, cells, "notes")
-    assert text.splitlines()[2] == "| SAM | 0.3 | 85.0 ± 2.9 % | 2.00 × | 1.80 × |"
+    assert all(x["last"]["accuracy"] and x["cpu_seconds"] > 0 for x in made)
 
 
-def test_stopwatch_compares_round_by_round():
-    watch = Stopwatch()
-    watch.add_round({"a": 1.0, "b": 2.0})
-    watch.add_round({"a": 10.0, "b": 21.0})  # a slow moment, for both
-    watch.add_round({"b": 500.0})  # a compiled
-    watch.add_round({"a": 1.0, "b": 90.0})  # a disturbance
-    assert watch.ratio("b", "a") == pytest.approx(2.1)
-    assert math.isnan(watch.ratio("c", "a"))
+def test_files(out):
+    assert (out / "tuning-digits-noise40-batch20-sgd.png").exists()
+    table = (out / "demo-table.md").read_text()
+    header, _, first, second, *_ = table.splitlines()
+    assert header.startswith("| method | gradients a step | tuning 1 | tuning 2 |")
+    assert first.startswith("| SGD | 1.00 |")
+    assert " | 8; 4 | " in first
+    assert second.startswith("| momentum, relative | 1.00 |")
+    assert "Digits, 40% noise, batch 20: 100 training images" in table
+    assert "over 2 seeds that no tuning has seen" in table
+    assert "The rows of the tuning, on 1 seed: **No method is ahead" in table
 
 
-def test_methods_are_tuned_on_other_seeds():
-    from lwsam_bench.comparison import demo, demo_run
+def test_what_is_ahead_by_luck_is_no_difference():
+    made = [
+        *(row("sgd", d, x, seed=s) for d in (0, 1) for s, x in enumerate((0.5, 0.6))),
+        *(row("sam", 0, x, seed=s) for s, x in enumerate((0.8, 0.91))),
+        *(row("sam", 1, x, seed=s) for s, x in enumerate((0.5, 0.62))),
+    ]
+    header, sgd, sam = demo._lines(made)
+    assert header[-3:] == [
+        "the worse, over SGD",
+        "gradients a run",
+        "CPU seconds",
+    ]
+    assert sgd[4:] == ["–", "4; 4", "1.0; 1.0"]
+    assert sam[2:5] == ["85.5 ± 5.5", "56.0 ± 6.0", "+1.0 ± 1.0, no difference"]
+    assert "in both tunings: no difference." in committed.verdict(made)
+    better = [*made[:6], *(row("sam", 1, 0.9 + s / 10, seed=s) for s in (0, 1))]
+    assert committed.verdict(better) == "Ahead of tuned SGD in both tunings: **SAM**."
+    text = demo.markdown(made, better)
+    assert text.index("no difference.**") < text.index("on 2 seeds: Ahead of tuned SGD")
 
-    assert not {*demo.DemoConfig().seeds} & {*demo_run.TUNING_SEEDS}
-    strip = lambda method: dataclasses.replace(method, label="")
-    grid = [strip(method) for method in demo_run.TUNING_GRID]
-    assert all(strip(method) in grid for method in demo.METHODS)
+
+def test_rows_that_are_not_there_are_named(tmp_path, capsys):
+    path = tmp_path / "none.jsonl"
+    assert main(["demo", "--out", str(tmp_path), "--rows", str(path)]) == 2
+    assert f"{path} has no rows of a tuning" in capsys.readouterr().err
+    text = {**TUNED[0], "task": dataclasses.asdict(TASKS["shakespeare"])}
+    path.write_text(json.dumps(text) + "\n")
+    assert main(["demo", "--out", str(tmp_path), "--rows", str(path)]) == 2
+    assert "the demo is for images" in capsys.readouterr().err
 
 
-def test_the_rows_of_the_tuning_are_there(rows):
-    from lwsam_bench.comparison import demo
-
-    results = pathlib.Path(demo.__file__).parents[2] / "results" / "demo-radius.jsonl"
-    if not results.exists():
+def test_the_committed_recipes_are_complete():
+    """Each method of the race has as many tunings as SGD, on all final seeds."""
+    if not committed.RESULTS.exists():
         pytest.skip("installed without the results")
-    origins, tried = set(), collections.defaultdict(list)
-    for row in rows(results):
-        if row["kind"] == "origin":
-            origins |= {*row["config"]["seeds"]}
-        else:
-            kind = (row["method"], row["k"], row["every"])
-            tried[kind, row["rho"]] += row["test_accuracy"]
-    assert not origins & {*demo.DemoConfig().seeds}
-    for method in demo.METHODS:
-        means = {
-            rho: statistics.mean(accuracy)
-            for (kind, rho), accuracy in tried.items()
-            if kind == method.kind
-        }
-        # One rule for all: the smallest within two points of the best.
-        near = [rho for rho, x in means.items() if x >= max(means.values()) - 0.02]
-        assert method.rho == min(near), method.label
+    rows = committed.tuned_rows(committed.RESULTS / committed.TUNING)
+    found = {n: t for n, t in summarize(rows).items() if n in demo.METHODS}
+    assert {"sgd", "sam", "micro-layers", "momentum-relative"} <= found.keys()
+    for tuned in found.values():
+        assert [t.draws for t in tuned] == [t.draws for t in found["sgd"]]
+        assert max(seed for t in tuned for seed in t.rows) < demo.FIRST_SEED

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
 
 import pytest
 
 from lwsam_bench.commands.cli import _parser
 from lwsam_bench.commands.train import train_config
-from lwsam_bench.comparison import demo
+from lwsam_bench.front import committed
 from lwsam_bench.paper import setups
 from lwsam_bench.paper.landscape import figures
 from lwsam_bench.paper.runs.outcome import run_id
@@ -18,7 +17,7 @@ from lwsam_bench.training import earlier, run_folder
 from lwsam_bench.training.config import TrainConfig
 
 
-RESULTS = pathlib.Path(demo.__file__).parents[2] / "results" / "paper"
+RESULTS = committed.RESULTS / "paper"
 AXES = ("ascent", "fraction", "shape", "last")  # fields that were not there
 
 

@@ -94,7 +94,7 @@ def folder(tmp_path_factory):
     draw(folder / "table1-cifar10.png")
     rows = "| method | ρ |\n| --- | ---: |\n| a\\|b | 1 |\n"
     (folder / "demo-table.md").write_text(f"{rows}\nNotes <b>x</b>.\n")
-    draw(folder / "selection.png", (30, 20))
+    draw(folder / "tuning-demo.png", (30, 20))
     below = folder / "tune"
     below.mkdir()
     (below / "tuning.md").write_text(

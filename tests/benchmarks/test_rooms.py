@@ -27,7 +27,8 @@ FLOORS = {
         ("data", "models", "pages"),
         ("training",),
         ("comparison", "faults", "scaling", "sharpness", "speed", "tuning"),
-        ("accelerator", "front", "paper", "radius"),
+        ("accelerator", "paper", "radius"),
+        ("front",),
         ("commands",),
         ("__main__",),
     ),
@@ -75,8 +76,14 @@ FLOORS = {
         ("report", "workers"),
         ("tune",),
     ),
-    "front": (("readme",),),
-    "tuning.report": (("summary",), ("plot",), ("pareto",), ("page",), ("family",)),
+    "front": (("committed",), ("demo", "first"), ("pages",)),
+    "tuning.report": (
+        ("summary",),
+        ("plot",),
+        ("pareto", "verdicts"),
+        ("page",),
+        ("family",),
+    ),
     "tuning.runs": (
         ("course", "measures", "optimizers"),
         ("trajectory",),
@@ -92,8 +99,8 @@ FLOORS = {
     "scaling": (("programs", "table"), ("run", "worker")),
     "sharpness": (("plot",), ("measure",)),
     "comparison": (
-        ("demo", "precision_train"),
-        ("demo_run", "precision"),
+        ("precision_train",),
+        ("precision",),
     ),
     "speed": (
         ("flops", "settings", "workloads"),

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lwsam_bench.models import smallcnn
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.tuning import results
 from lwsam_bench.tuning.methods import BY_NAME
 from lwsam_bench.tuning.protocol import goodness, merit, Protocol, Request
-from lwsam_bench.tuning.report import page, pareto, summary
+from lwsam_bench.tuning.report import page, pareto, summary, verdicts
 from lwsam_bench.tuning.runs import measures
 from lwsam_bench.tuning.runs.images import ImageCourse, in_turn
 from lwsam_bench.tuning.runs.runner import Runner
@@ -30,6 +31,14 @@ TEXT = dataclasses.replace(
     model="gpt-tiny",
 )
 CONFIG = {"lr": 0.05, "weight_decay": 1e-3, "steps": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_network():
+    """Four layers: compiling is what takes time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smallcnn, "BLOCKS", ((4, 1),))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +285,40 @@ def test_a_method_stands_beside_the_base_that_may_cost_as_much():
         rows
     )
     assert "Not run: Nesterov; " in text
+
+
+def test_the_verdict_names_who_is_ahead_in_both_tunings_at_a_price():
+    def rows(name, price, *pairs, **config):
+        for draws, accuracies in enumerate(pairs):
+            for row in final(name, 1.0, 100 * price, *accuracies, draws=draws):
+                last = {
+                    **row["last"],
+                    "survival": {"3 bits": 1 - row["last"]["accuracy"]},
+                }
+                place = {"config": config, "ranges": {"rho": [0.03, 1.2]}}
+                yield {**row, **place, "price": price, "last": last, "selected": last}
+
+    some = [
+        *rows("sgd", 1.0, (0.5, 0.6), (0.6, 0.7)),
+        *rows("momentum", 1.0, (0.9, 0.99), (0.61, 0.72), rho=0.5),  # worse: +1.5 ± 0.5
+        *rows("micro-layers", 1.08, (0.8, 0.91), (0.7, 0.81), rho=0.04),
+        *rows("sam", 2.0, (0.2, 0.31), (0.9, 0.99), rho=0.06),
+    ]
+    text = verdicts.sections([some])
+    label = "Digits, no noise, batch 100"
+    assert (
+        f"| {label} | last step | **momentum**, +1.5 ± 0.5 |"
+        " **10 examples, top 4 layers**, +10.5 ± 0.5 |"
+        " **10 examples, top 4 layers**, +10.5 ± 0.5 | 1 of 3 |"
+    ) in text
+    # What survives is here the worse, the better as trained.
+    assert (
+        f"| {label} | 3 bits | no difference | no difference | no difference |"
+    ) not in text
+    assert f"No difference at any price:\n\n- {label}: 3 bits.\n" in text
+    assert "| SAM | 0.03 to 1.2 | 0.06 to 0.06 | 0.06 | 2 of 2 |" in text
+    assert "| momentum | 0.3 to 6 | 0.5 to 0.5 | 0.5 | 0 of 2 |" in text
+    assert verdicts.sections([]) == "No rows yet.\n"
 
 
 def test_what_is_not_there_is_said():

@@ -40,7 +40,7 @@ class Recipe:
 FULL = Recipe()
 SMOKE = Recipe(
     dataset="digits",
-    model="resnet8w4",
+    model="smallcnn",
     epochs=2,
     batch_size=20,
     augment=False,

@@ -1,7 +1,6 @@
 """The command `demo` of the command line: its arguments."""
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,27 +14,21 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
       commands: What `add_subparsers` returned.
       start: Prepares JAX and returns the console.
     """
-    parser = commands.add_parser("demo", help="compare the methods on digits, minutes")
+    parser = commands.add_parser(
+        "demo", help="race tuned methods on digits with noisy labels, minutes"
+    )
     parser.add_argument("--out", default="lwsam-demo", help="folder for the results")
     parser.add_argument(
-        "--seeds", type=parse.count, default=3, help="runs of each method"
+        "--seeds", type=parse.count, default=5, help="runs of each recipe"
     )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=parse.count, help="epochs of 10 steps each")
-    length.add_argument("--steps", type=parse.count, help="steps, rounded up to epochs")
     parser.add_argument(
-        "--tune", action="store_true", help="look for the best radius of each method"
+        "--rows", help="file of a tuning with the recipes (default: the committed one)"
     )
     parser.set_defaults(run=lambda arguments: _demo(arguments, start))
 
 
 def _demo(arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
     console = start()
-    from lwsam_bench.comparison import demo, demo_run
+    from lwsam_bench.front import demo
 
-    config = demo.DemoConfig(seeds=tuple(range(arguments.seeds)))
-    if arguments.epochs or arguments.steps:
-        epochs = arguments.epochs or math.ceil(arguments.steps / 10)
-        config = demo.DemoConfig(seeds=config.seeds, epochs=epochs)
-    work = demo_run.tune if arguments.tune else demo_run.run
-    return work(config, arguments.out, console)
+    return demo.run(arguments.rows, arguments.seeds, arguments.out, console)

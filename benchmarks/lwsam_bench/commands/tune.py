@@ -36,7 +36,7 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
     add_to("--data-dir", help=parse.DATA_DIR)
     add_to(
         "--docs",
-        help="folder of the documentation whose tuning.md to bring up to date, from all"
+        help="folder of the documentation whose pages to bring up to date, from all"
         " tunings beside --out",
     )
     add_to("--out", help="folder for the results (default: lwsam-tune/, by the task)")

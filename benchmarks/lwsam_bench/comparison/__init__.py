@@ -1,1 +1,1 @@
-"""Methods side by side on small data: the demo, and precisions."""
+"""Precisions side by side on small data."""

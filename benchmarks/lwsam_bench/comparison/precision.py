@@ -26,7 +26,7 @@ from lwsam_bench.support.rows import (
 from lwsam_bench.training.config import differences
 
 
-ROWS, TABLE = "precision.jsonl", "precision.md"
+ROWS, TABLE, MARK = "precision.jsonl", "precision.md", "precision"
 LIMIT = 0.01  # of the mean accuracy, below that of float32
 
 
@@ -65,14 +65,19 @@ def run(
                 )
         with MetricsFile(path, keep_until=0) as file:
             rows += _missing(config, data_dir, rows, file, console)
-    header, cells = _table(rows)
-    text = report.markdown(header, cells, _notes(config, rows))
+    text = markdown(rows)
     write_text(folder / TABLE, text)
     console.print(text, highlight=False, soft_wrap=True)
     failures = broken(rows)
     for failure in failures:
         console.print(failure, highlight=False, soft_wrap=True)
     return 1 if failures else 0
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the table of the rows, with a note on the task."""
+    header, cells = _table(rows)
+    return report.markdown(header, cells, _notes(rows))
 
 
 def _missing(
@@ -168,8 +173,8 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def _notes(config: PrecisionConfig, rows: Sequence[Row]) -> str:
-    task = config.task
+def _notes(rows: Sequence[Row]) -> str:
+    task = Task(**rows[0]["task"])
     number = len({row["seed"] for row in rows})
     return (
         f"{task.dataset} at {task.image_size} x {task.image_size}, {task.train_images:,}"

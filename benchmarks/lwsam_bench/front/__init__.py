@@ -1,1 +1,1 @@
-"""The tables of the README, from committed rows."""
+"""What a newcomer meets, from committed rows: the first pages, and the demo."""

@@ -24,4 +24,4 @@ def replace_generated(page: pathlib.Path, name: str, text: str) -> str:
         raise UserError(
             f"{page} is no page with the marks {opening} and {closing}: {error}"
         ) from error
-    return f"{before}{opening}\n\n{text}\n{closing}{after}"
+    return f"{before}{opening}\n\n{text.strip()}\n\n{closing}{after}"

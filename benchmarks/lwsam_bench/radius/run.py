@@ -50,7 +50,7 @@ def run(
         with row_lock(folder / ROWS):
             for name in names:
                 _run(name, FOUR[name], folder / ROWS, data_dir, console)
-    text = _table(list(read_rows(folder / ROWS)))
+    text = markdown(list(read_rows(folder / ROWS)))
     (folder / TABLE).write_text(text, encoding="utf-8")
     console.print(text, markup=False)
     if docs is not None:
@@ -91,11 +91,14 @@ def _key(row: Row) -> tuple[object, ...]:
     return row["kind"], row["task"], rho, row["seed"]
 
 
-def _table(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the table of the tasks whose rows are there, and what it comes to."""
     judged = []
     for name in FOUR:
         own = [row for row in rows if row["task"] == name]
         kinds = {row["kind"] for row in own}
         if kinds == {"sweep", "grid"}:
             judged.append(report.judge(name, own, trials.STEPS))
+    if not judged:
+        return "No rows yet.\n"
     return f"{report.table(judged)}\n{report.verdict(judged)}"

@@ -25,6 +25,7 @@ from lwsam_bench.support.rows import (
 )
 
 
+CHECK, ALL = "speed-check", "speed"  # files of rows, and marks of the page
 MODELS = ("resnet20", "wrn16-2", "vit-s", "gpt")
 HOST_STEPS = 10  # run after the race to measure what the host does
 
@@ -89,7 +90,7 @@ def run(
       0, or 1 if the check was asked for and a limit is broken.
     """
     folder = output_folder(out)
-    name = "speed-check" if config.check else "speed"
+    name = CHECK if config.check else ALL
     path = folder / f"{name}.jsonl"
     rows = list(read_rows(path))
     if not render_only:
@@ -97,32 +98,47 @@ def run(
             rows = [row for row in rows if row["model"] != model] + found
             write_rows(path, rows)
     models = report.by_model([row for row in rows if row["kind"] == "speed"])
-    text = "\n".join(map(report.table, models))
     figures = limits.figures(rows) if config.check and models else []
-    check = "\n" + limits.table(figures) if figures else ""
-    text += check
+    text = "\n".join(map(report.table, models)) + _check(figures)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     write_text(folder / f"{name}-table.md", text)
     for some in models:
         report.plot(folder / f"{name}-{some[0]['model']}.png", some)
     if docs is not None:
-        _render_page(pathlib.Path(docs), name, models, check)
+        page = pathlib.Path(docs) / "cost.md"
+        for some in models:
+            report.plot(page.parent / chart(name, some), some)
+        write_text(page, replace_generated(page, name, published(name, rows)))
     console.print(f"rows, tables and charts are in {folder}/", soft_wrap=True)
     return 0 if all(figure.holds for figure in figures) else 1
 
 
-def _render_page(
-    docs: pathlib.Path, name: str, models: Sequence[Sequence[Row]], check: str
-) -> None:
-    """Bring the documentation up to date, with a chart above each table."""
-    parts = []
-    for rows in models:
-        chart = f"images/{name}-{rows[0]['model']}.png"
-        report.plot(docs / chart, rows)
-        parts.append(report.table(rows, chart))
-    page = docs / "cost.md"
-    text = "\n".join(parts) + check
-    write_text(page, replace_generated(page, name, text))
+def published(name: str, rows: Sequence[Row]) -> str:
+    """Return what the documentation has of the rows, a chart above each table.
+
+    Args:
+      name: `CHECK` or `ALL`.
+      rows: Those of its file.
+    """
+    models = report.by_model([row for row in rows if row["kind"] == "speed"])
+    if not models:
+        return "No rows yet.\n"
+    tables = [report.table(some, chart(name, some)) for some in models]
+    return "\n".join(tables) + _check(limits.figures(rows) if name == CHECK else [])
+
+
+def chart(name: str, rows: Sequence[Row]) -> str:
+    """Return the place of a model's chart in the documentation."""
+    return f"images/{name}-{rows[0]['model']}.png"
+
+
+def _check(figures: Sequence[limits.Figure]) -> str:
+    """Return the table of what has limits, and what misses its own."""
+    if not figures:
+        return ""
+    missed = [figure.title for figure in figures if not figure.holds]
+    kept = f"Missed: {'; '.join(missed)}." if missed else "All limits are kept."
+    return f"\n{limits.table(figures).rstrip()}\n\n{kept}\n"
 
 
 def _measure_all(

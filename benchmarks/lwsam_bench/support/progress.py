@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,7 +12,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 
 MOST_LAYERS = 6  # to be named one by one
@@ -81,35 +79,6 @@ class TrainProgress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)
-
-
-class LiveTable:
-    """A table that is redrawn in place on a terminal, and not drawn elsewhere."""
-
-    def __init__(self, console: Console, columns: Sequence[tuple[str, int]]):
-        self._columns = columns
-        self._live = Live(console=console, refresh_per_second=4)
-        self._on = console.is_terminal
-
-    def __enter__(self) -> "LiveTable":
-        """Start to draw."""
-        if self._on:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the last state on the screen."""
-        if self._on:
-            self._live.stop()
-
-    def show(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """Replace the table."""
-        table = Table(title=title, title_justify="left")
-        for name, width in self._columns:
-            table.add_column(name, min_width=width)
-        for row in rows:
-            table.add_row(*row)
-        self._live.update(table)
 
 
 @contextlib.contextmanager

@@ -109,11 +109,6 @@ def make_method(
     raise ValueError(f"`make_method`: unknown method {name!r}")
 
 
-def with_radius(state: lwsam.TrainState, rho: float) -> lwsam.TrainState:
-    """Return a state whose next steps have a radius; nothing is compiled for it."""
-    return state._replace(hyperparams={**state.hyperparams, "rho": rho})
-
-
 def _select(criterion: str, k: int) -> Any:
     match criterion:
         case "high":

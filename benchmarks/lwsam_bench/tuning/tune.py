@@ -49,9 +49,9 @@ def run(
       data_dir: Folder of tensorflow-datasets.
       out: Folder of the rows; pages come here, too.
       console: Where to report.
-      docs: Folder with the pages `tuning.md` and `pareto.md` to be brought up to date,
-        from all tunings beside `out`, or `family.md` if presets are among the methods;
-        or None.
+      docs: Folder with the pages `tuning.md`, `pareto.md` and `choose.md` to be brought
+        up to date, from all tunings beside `out`, or `family.md` if presets are among the
+        methods; or None.
       processes: How many run at a time, each on one core; 0: this one alone, on all
         that it has.
       render_only: Whether to leave it at the rows that are there.

@@ -32,9 +32,9 @@ class Kind:
 
 KINDS = (
     Kind(
-        "The demo: four methods on digits",
+        "The demo: tuned methods on digits",
         "demo-table.md",
-        ("learning-curves.png", "layer-norms.png", "selection.png"),
+        ("tuning-*.png",),
     ),
     Kind("Time and memory of a step", "speed-table.md", ("speed-*.png",)),
     Kind("Methods that are tuned alike", "tuning.md", ("tuning-*.png",)),

@@ -7,7 +7,7 @@ from lwsam_bench.pages import report
 from lwsam_bench.pages.docs import replace_generated
 from lwsam_bench.support.rows import Row, write_text
 from lwsam_bench.tuning import results
-from lwsam_bench.tuning.report import pareto, plot
+from lwsam_bench.tuning.report import pareto, plot, verdicts
 from lwsam_bench.tuning.report.summary import (
     ACCURACY,
     BITS,
@@ -16,7 +16,8 @@ from lwsam_bench.tuning.report.summary import (
     Gap,
     gaps,
     HARMLESS,
-    payable,
+    leader,
+    PRICES,
     STOPS,
     summarize,
     Tuned,
@@ -27,7 +28,6 @@ from lwsam_bench.tuning.tasks import TEXT, title
 
 
 PAGE = "tuning"
-PRICES = (1.0, 1.1, 2.0)  # in gradients of the base optimizer, a step
 _CHANGES = (
     "with images changed: noise of half a standard deviation on the pixels, a blur over"
     " 3 x 3 pixels, half the contrast, half a standard deviation brighter, a fifth of the"
@@ -51,7 +51,7 @@ def write(folder: pathlib.Path) -> None:
 
 
 def write_docs(tunings: pathlib.Path, docs: str) -> None:
-    """Bring the pages `tuning.md` and `pareto.md` of the documentation up to date.
+    """Bring the pages of the documentation up to date that are made of tunings.
 
     Args:
       tunings: Folder whose folders have the rows of a tuning each.
@@ -64,6 +64,7 @@ def write_docs(tunings: pathlib.Path, docs: str) -> None:
     found = all_rows(tunings)
     write_text(page, replace_generated(page, PAGE, sections(found)))
     pareto.write_docs(found, docs)
+    verdicts.write_docs(found, docs)
     for rows in found:
         plot.draw(page.parent / "images", rows)
 
@@ -241,18 +242,12 @@ def _sentences(found: Mapping[str, list[Tuned]], family: str) -> list[str]:
     lines = []
     for price in PRICES:
         for stop, meaning in STOPS.items():
-            some = payable(found, family, price)
-            ahead = [
-                (gap, tuned)
-                for tuned in some
-                if (gap := worst(gaps(found, tuned[0].method.name, stop))) is not None
-            ]
             where = f"Up to {price:.2f}, at the {meaning}"
-            better = [x for x in ahead if x[0].verdict == "better"]
-            if not better:
+            best = leader(found, family, price, stop)
+            if best is None:
                 lines.append(f"{where}: no difference to {base}.")
                 continue
-            gap, tuned = max(better, key=lambda x: x[0].mean)
+            tuned, gap = best
             score, measure = _score(counted(tuned, stop), stop), tuned[0].measure
             lines.append(
                 f"{where}: **{tuned[0].method.label}**, {score} {measure.unit},"

@@ -13,6 +13,7 @@ from lwsam_bench.tuning.protocol import merit
 from lwsam_bench.tuning.space import Range
 
 
+PRICES = (1.0, 1.1, 2.0)  # in gradients of the base optimizer, a step
 STOPS = {"last": "last step", "selected": "step that validation selects"}
 HARMLESS = 0.2  # of the range of the radius, at its lower end
 
@@ -181,26 +182,27 @@ def length_of(rows: Sequence[Row], name: str, length: float) -> list[Tuned]:
     return found
 
 
-def gaps(found: Mapping[str, list[Tuned]], name: str, stop: str) -> list[Gap]:
+def gaps(found: Mapping[str, list[Tuned]], name: str, what: str) -> list[Gap]:
     """Return a method's gap to its base optimizer in each set of draws.
 
     Args:
       found: From `summarize`.
       name: The method.
-      stop: One of `STOPS`.
+      what: One of `STOPS`, or of the changes that a net may survive.
     """
     made = []
     for ours in found[name]:
         base = _of_draws(found.get(ours.method.family, []), ours.draws)
         if base is None:
             continue
-        made.append(gap(ours, base, stop))
+        made.append(gap(ours, base, what))
     return [x for x in made if x is not None]
 
 
-def gap(ours: Tuned, theirs: Tuned, stop: str) -> Gap | None:
+def gap(ours: Tuned, theirs: Tuned, what: str) -> Gap | None:
     """Return a lead in what counts over the seeds that both have; None without any."""
-    fields = stop, ours.measure.field
+    measured = what, ours.measure.field
+    fields = measured if what in STOPS else ("last", "survival", what)
     pairs = [
         ours.measure.sign
         * (_at(ours.rows[seed], fields) - _at(theirs.rows[seed], fields))
@@ -231,6 +233,29 @@ def payable(
         and not tuned[0].method.is_base
         and max(t.mean("price")[0] for t in tuned) <= price + 0.005
     ]
+
+
+def leader(
+    found: Mapping[str, list[Tuned]], family: str, price: float, what: str
+) -> tuple[list[Tuned], Gap] | None:
+    """Return what is furthest ahead of the base optimizer at a price, and by how much.
+
+    None where nothing is ahead by more than two standard errors in the worse set of
+    draws.
+
+    Args:
+      found: From `summarize`.
+      family: The base optimizer.
+      price: As much as a step may cost, in its gradients.
+      what: One of `STOPS`, or of the changes that a net may survive.
+    """
+    ahead = [
+        (tuned, gap)
+        for tuned in payable(found, family, price)
+        if (gap := worst(gaps(found, tuned[0].method.name, what))) is not None
+        and gap.verdict == "better"
+    ]
+    return max(ahead, key=lambda x: x[1].mean, default=None)
 
 
 def cpu_hours(rows: Sequence[Row]) -> float | None:
