@@ -152,6 +152,18 @@ def test_a_score_may_have_the_number_of_the_repeat():
     assert find(lambda state, often=1: often * peak(state)).rho == pytest.approx(0.4)
 
 
+def test_a_radius_that_collapses_now_and_then_does_not_hide_the_others():
+    """Its repeats differ by 1, and those of the others by hundredths."""
+
+    def validate(state):
+        fails = rho_of(state) > 0.7 and noise_of(state, 1.0) > 0
+        return peak(state) - 1.0 * fails
+
+    found = find(validate, repeats=6)
+    assert found.rho == pytest.approx(0.4)
+    assert found.noise < 0.01
+
+
 @pytest.mark.parametrize(("at_the_end", "rho"), [(0.0, 0.4), (-1e-3, 0.0)])
 def test_what_is_better_in_the_second_half_must_be_no_worse_at_the_end(at_the_end, rho):
     """At half of the steps 0.4 is ahead by 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from .. import _checks
 
 _WHO = "find_rho"
 _WORST = -1e300  # a score below all others, whose differences are finite
+_TAME = 9  # times the usual variance
 _LADDER = 3  # radii on each side of that of the state, each twice the one before
 
 
@@ -42,7 +44,7 @@ class FoundRho(NamedTuple):
         in the second half; above 0 is better, whatever `maximize` says.
       noise: Standard error of that gain: by what is left of the scores of all radii that
         were compared at a time, once the means of each radius and of each repeat are
-        taken out; the largest of these times, as if a mean of them were no surer.
+        taken out; the largest of these times. Radii that vary much more do not count.
       trials: Every radius at every time when it was validated.
       steps: Steps that the sweep trained, of all radii together.
       gradients: The same in plain gradients, by `info.overhead`; None if steps report
@@ -79,8 +81,7 @@ def find_rho(
     goes on, and 0 always does. The best one is proposed if over the repeats, and over the
     rungs from half of the steps on, its score is better than that of 0 by more than
     `confidence` standard errors of their difference, and at the end no worse; else 0 is.
-    The radius is data of the state, so that nothing compiles
-    again.
+    The radius is data of the state, so that nothing compiles again.
 
     The sweep holds a state for each radius and repeat at a time. It sees a training of
     `steps` steps: where a method helps late, as under label noise, let it be as long as
@@ -91,12 +92,12 @@ def find_rho(
         whose state holds that of `as_optax` or `perturbed`.
       state: Where all begin. It is not donated, and its radius is the middle of the
         ladder.
-      batches: Batches that can be gone through anew, or an iterator, or a function of the
-        repeat's number that returns some. What ends is begun again.
-      validate: `(state) -> score` or `(state, repeat) -> score`, a number; of validation
-        data, never of test data. With the repeat's number it can hold out other examples
-        for each, which `batches(repeat)` leaves out: then more of them are seen, and the
-        noise has theirs. For `perturbed` evaluate `eval_params`. Not finite is worst.
+      batches: Batches that can be gone through anew, an iterator, or a function of the
+        repeat's number to some. What ends is begun again.
+      validate: `(state) -> score` or `(state, repeat) -> score`, a number, of validation
+        data. With the repeat's number it can hold out other examples for each, which
+        `batches(repeat)` leaves out: then more of them are seen, and the noise has
+        theirs. For `perturbed` evaluate `eval_params`. Not finite is worst.
       steps: Steps of the longest training, at least one for each rung.
       rhos: The radii to try, above 0; None: seven, each twice the one before, with that
         of the state in the middle.
@@ -146,6 +147,7 @@ def find_rho(
         until = max(steps * 2**rung // 2 ** (rungs - 1), rung + 1)
         scores = sweep.train(runs, until - done)
         done = until
+        kept = _better_half(scores) if rung < rungs - 1 else [*range(len(alive))]
         spread = max(spread, _spread(scores))
         if 2 * done >= steps:
             late.append(dict(zip(alive, scores, strict=True)))
@@ -153,9 +155,7 @@ def find_rho(
             Trial(rho, done, tuple((sweep.sign * row).tolist()))
             for rho, row in zip(alive, scores, strict=True)
         ]
-        if rung < rungs - 1:
-            kept = _better_half(scores)
-            alive, runs = [alive[i] for i in kept], [runs[i] for i in kept]
+        alive, runs = [alive[i] for i in kept], [runs[i] for i in kept]
     means = np.mean([[at[rho] for rho in alive] for at in late], axis=0)
     best, gain = _best(means)
     noise = math.sqrt(spread / repeats)
@@ -218,12 +218,11 @@ class _Sweep:
 
 def _of_repeat(validate: Callable[..., float]) -> Callable[[Any, int], float]:
     """Returns a score as a function of two: as given, if one argument is not enough."""
-    try:
-        inspect.signature(validate).bind(None)
-    except TypeError:
-        return validate
-    except ValueError:  # no signature to read
-        pass
+    with contextlib.suppress(ValueError):  # no signature to read
+        try:
+            inspect.signature(validate).bind(None)
+        except TypeError:
+            return validate
     return lambda state, repeat: validate(state)
 
 
@@ -312,9 +311,12 @@ def _spread(scores: np.ndarray) -> float:
     known = scores[np.isfinite(scores).all(axis=1)]
     if len(known) < 2:
         return 0.0
-    rest = known - known.mean(axis=1, keepdims=True) - known.mean(axis=0) + known.mean()
-    free = (known.shape[0] - 1) * (known.shape[1] - 1)
-    return 2 * float((rest**2).sum()) / free
+    known = known - known.mean(axis=1, keepdims=True)
+    sizes = ((known - np.median(known, axis=0)) ** 2).sum(axis=1)
+    if 0 < np.median(sizes):  # where training collapses now and then is another noise
+        known = known[sizes <= _TAME * np.median(sizes)]
+    rest = known - known.mean(axis=0)
+    return 2 * float((rest**2).sum()) / ((len(known) - 1) * (known.shape[1] - 1))
 
 
 def _best(scores: np.ndarray) -> tuple[int, float]:
@@ -334,9 +336,8 @@ def _why(
     sweep: _Sweep,
     steps: int,
 ) -> str:
-    cost = f"{sweep.steps} steps"
-    if sweep.gradients is not None:
-        cost += f", {sweep.gradients:.0f} plain gradients"
+    cost, price = f"{sweep.steps} steps", sweep.gradients
+    cost += "" if price is None else f", {price:.0f} plain gradients"
     seen = f"{gain:+.4g} over 0, with a standard error of {noise:.2g},"
     when = f"in the second half of {steps} steps"
     if not is_better:
@@ -344,7 +345,6 @@ def _why(
             f"0: the best radius, {rho:.4g}, was {seen} {when}, which is {asked}. "
             f"The sweep took {cost}."
         )
-    edge = ""
-    if rho in (radii[0], radii[-1]):
-        edge = " It is the end of the ladder: try further."
+    is_end = rho in (radii[0], radii[-1])
+    edge = " It is the end of the ladder: try further." if is_end else ""
     return f"{rho:.4g}: {seen} {when}.{edge} The sweep took {cost}."

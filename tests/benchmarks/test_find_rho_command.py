@@ -123,7 +123,12 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
 def test_it_trains_sweeps_and_judges(tmp_path, monkeypatch):
     """Of everything as little as there can be."""
     monkeypatch.setattr(smallcnn, "BLOCKS", ((4, 1),))
-    for name, value in (("STEPS", 4), ("SEEDS", range(1)), ("RADII", (0.4, 0.8))):
+    for name, value in (
+        ("STEPS", 4),
+        ("SWEEP_STEPS", 4),
+        ("SEEDS", range(1)),
+        ("RADII", (0.4, 0.8)),
+    ):
         monkeypatch.setattr(trials, name, value)
     (name, *_) = run.FOUR
     run.run([name], None, str(tmp_path), Console(quiet=True))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import lwsam_jax as lwsam
 from lwsam_bench.support.rows import Row
 from lwsam_bench.tuning.runs import optimizers
-from lwsam_bench.tuning.runs.course import Start
+from lwsam_bench.tuning.runs.course import Start, VALIDATION
 from lwsam_bench.tuning.runs.images import ImageCourse
 
 
@@ -22,8 +22,10 @@ EXAMPLES = 10  # of the ascent: 1.1 gradients a step
 MIDDLE = 0.4
 RADII = tuple(MIDDLE * 2.0**i for i in range(-3, 4))  # the ladder of `find_rho`
 SEEDS = range(5)
-# A quarter of the training images, in each repeat of a sweep another.
-HELD, REPEATS = 0.25, 4
+# A fifth of the training images, in each repeat of a sweep another. What is left is gone
+# through as often as in a training.
+HELD, REPEATS = 0.2, 5
+SWEEP_STEPS = round(STEPS * (1 - HELD) / (1 - VALIDATION))
 SWEEP_SEED = 1000  # whose initial parameters, noise and validation images are others
 
 
@@ -65,7 +67,7 @@ class Trainer:
         make = functools.cache(lambda fold: self._sweeping.start_of(seed, fold))
 
         def batches(repeat: int) -> Iterator[Any]:
-            return map(make(repeat).batches(STEPS), itertools.count())
+            return map(make(repeat).batches(SWEEP_STEPS), itertools.count())
 
         def validate(state: Any, repeat: int) -> float:
             return self._sweeping.validate(state.params, make(repeat))["accuracy"]
@@ -75,7 +77,7 @@ class Trainer:
             self._first(make(0)),
             batches,
             validate,
-            steps=STEPS,
+            steps=SWEEP_STEPS,
             repeats=REPEATS,
         )
         return {
