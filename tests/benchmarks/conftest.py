@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import lwsam_bench
 
 
+_DEVICES = "--xla_force_host_platform_device_count"
 _BENCHMARKS = pathlib.Path(lwsam_bench.__file__).parents[1]
 
 
@@ -27,10 +29,15 @@ class Command:
             ),
         }
 
-    def start(self, *arguments: object) -> subprocess.Popen:
+    def start(self, *arguments: object, devices: int | None = None) -> subprocess.Popen:
+        environment = dict(self._environment)
+        if devices is not None:
+            flags = environment.get("XLA_FLAGS", "")
+            count = rf"\g<1>={devices}"
+            environment["XLA_FLAGS"] = re.sub(rf"({_DEVICES})=\d+", count, flags)
         return subprocess.Popen(
             [sys.executable, "-m", "lwsam_bench", *map(str, arguments)],
-            env=self._environment,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -64,7 +64,7 @@ FLOORS = {
         ("checkpoint", "config", "evaluation", "family", "run_rows"),
         ("earlier", "methods", "vit_checkpoint"),
         ("recipe", "run_folder"),
-        ("tasks",),
+        ("records", "tasks"),
         ("loop",),
     ),
     "tuning": (
@@ -140,7 +140,7 @@ FLOORS = {
             "speed",
         ),
     ),
-    "commands.options": (("arguments",), ("method",)),
+    "commands.options": (("arguments",), ("method", "processes")),
 }
 MOST_FILES = 14  # in a folder
 MOST_LINES = 350  # of a file

@@ -4,7 +4,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from lwsam_bench.commands.options import arguments as parse, method as cli_method
+from lwsam_bench.commands.options import (
+    arguments as parse,
+    method as cli_method,
+    processes as group_options,
+)
 from lwsam_bench.commands.options.method import filled, refuse
 from lwsam_bench.data.names import DATASETS
 from lwsam_bench.models import names
@@ -64,6 +68,7 @@ def add(commands: Any, start: Callable[..., Any]) -> None:
         default=True,
         help="go on with the run in --out, if there is one; --no-resume replaces it",
     )
+    group_options.add(parser)
     parser.set_defaults(run=lambda arguments: _train(arguments, start))
 
 
@@ -83,6 +88,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
     config = train_config(arguments)
+    group = group_options.read(arguments)
     options = RunOptions(
         out=arguments.out,
         data_dir=arguments.data_dir,
@@ -91,9 +97,20 @@ def _train(arguments: argparse.Namespace, start: Callable[..., Any]) -> int:
         resume=arguments.resume,
     )
     console = start()
+    if group is None:
+        from lwsam_bench.training import loop
+
+        return loop.train(config, options, console)
+    from lwsam_bench.support import processes
+
+    # Before what imports more of JAX.
+    joined = processes.join(group.coordinator, group.index, group.count)
+    console.quiet = not joined.is_first
     from lwsam_bench.training import loop
 
-    return loop.train(config, options, console)
+    return group_options.alike(
+        lambda: loop.train(config, options, console, joined), joined.index
+    )
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:

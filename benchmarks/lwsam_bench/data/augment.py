@@ -32,6 +32,8 @@ class Batches:
       mean: Per-channel mean f32[C] of the pixels / 255.
       std: Per-channel standard deviation f32[C], likewise.
       augment: Whether to pad, crop and flip.
+      own: Places i64[b] in a batch, if only those are wanted: the rows that one of
+        several processes feeds. They are what they are in the whole batch.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class Batches:
         mean: np.ndarray,
         std: np.ndarray,
         augment: bool,
+        own: np.ndarray | None = None,
     ):
+        self._size, self._own = batch_size, own
         self._order = Order(len(split), batch_size, seed)
         self._seed = seed
         self._mean, self._std = jnp.asarray(mean), jnp.asarray(std)
@@ -63,6 +67,8 @@ class Batches:
             np.int32(step),
             self._mean,
             self._std,
+            self._own,
+            size=self._size,
             augment=self._augment,
         )
 
@@ -72,7 +78,11 @@ class Batches:
 
     def _rows(self, step: int) -> tuple[Array, Array, np.ndarray]:
         """Return images u8[N, H, W, C], labels i32[N], and where in them the batch is."""
-        return self._images, self._labels, self._order.rows(step)
+        return self._images, self._labels, self._places(step)
+
+    def _places(self, step: int) -> np.ndarray:
+        rows = self._order.rows(step)
+        return rows if self._own is None else rows[self._own]
 
 
 class Order:
@@ -110,20 +120,27 @@ def normalize(images: Array, mean: Any, std: Any) -> Array:
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def crop_and_flip(images: Array, key: Array) -> Array:
+def crop_and_flip(
+    images: Array, key: Array, own: Any = None, size: int | None = None
+) -> Array:
     """Pad by `PAD` zeros, crop at random to the old size, flip half of the images.
 
     Args:
       images: f32[B, H, W, C], normalised: the padding is the mean colour.
       key: A PRNG key.
+      own: Where in the batch these images are, i64[B]; None: they are all of it.
+      size: Of the batch.
 
     Returns:
       f32[B, H, W, C].
     """
     batch, height, width, _ = images.shape
+    size = batch if size is None else size
     crop_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1)
-    flip = jax.random.bernoulli(flip_key, shape=(batch,))
+    offsets = jax.random.randint(crop_key, (size, 2), 0, 2 * PAD + 1)
+    flip = jax.random.bernoulli(flip_key, shape=(size,))
+    if own is not None:
+        offsets, flip = offsets[own], flip[own]
     padded = jnp.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
     rows = offsets[:, :1] + jnp.arange(height)
     columns = offsets[:, 1:] + jnp.arange(width)
@@ -132,7 +149,7 @@ def crop_and_flip(images: Array, key: Array) -> Array:
     return padded[image, rows[:, :, None], columns[:, None, :]]
 
 
-@functools.partial(jax.jit, static_argnames="augment")
+@functools.partial(jax.jit, static_argnames=("size", "augment"))
 def _assemble(
     images: Array,
     labels: Array,
@@ -141,11 +158,13 @@ def _assemble(
     step: Array,
     mean: Array,
     std: Array,
+    own: Array | None,
     *,
+    size: int,
     augment: bool,
 ) -> dict[str, Array]:
     image = normalize(images[rows], mean, std)
     if augment:
         key = jax.random.fold_in(jax.random.key(seed), _AUGMENT_STREAM)
-        image = crop_and_flip(image, jax.random.fold_in(key, step))
+        image = crop_and_flip(image, jax.random.fold_in(key, step), own, size)
     return {"image": image, "label": labels[rows]}

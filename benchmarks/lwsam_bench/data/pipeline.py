@@ -59,5 +59,5 @@ class HostBatches(Batches):
         return iter(batches.to_iter_dataset(options))
 
     def _gather(self, step: int) -> tuple[Array, Array]:
-        rows = self._order.rows(step)
+        rows = self._places(step)
         return jax.device_put((self._split.images[rows], self._split.labels[rows]))

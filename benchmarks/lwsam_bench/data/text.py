@@ -89,16 +89,27 @@ class TextBatches:
       batch_size: Excerpts in a batch.
       length: Characters that the network reads of each.
       seed: Decides the places.
+      own: As of `Batches`.
     """
 
-    def __init__(self, text: np.ndarray, *, batch_size: int, length: int, seed: int):
-        self._text = text
+    def __init__(
+        self,
+        text: np.ndarray,
+        *,
+        batch_size: int,
+        length: int,
+        seed: int,
+        own: np.ndarray | None = None,
+    ):
+        self._text, self._own = text, own
         self._batch_size, self._length, self._seed = batch_size, length, seed
 
     def __call__(self, step: int) -> dict[str, Array]:
         """Return the batch of a step: `text` i32[B, T], `next` i32[B, T]."""
         rng = np.random.default_rng([self._seed, step])
         starts = rng.integers(0, len(self._text) - self._length, self._batch_size)
+        if self._own is not None:
+            starts = starts[self._own]
         rows = self._text[starts[:, None] + np.arange(self._length + 1)]
         rows = rows.astype(np.int32)
         return jax.device_put({"text": rows[:, :-1], "next": rows[:, 1:]})

@@ -38,6 +38,7 @@ def provenance() -> dict[str, Any]:
         "platform": device.platform,
         "device": device.device_kind,
         "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "cores": cores.count(),

@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.processes import ALONE, Processes
 
 
 KEEP = 2
@@ -39,10 +40,15 @@ class Damaged(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder; the newest `KEEP` are kept."""
+    """The checkpoints of one run, in one folder; the newest `KEEP` are kept.
 
-    def __init__(self, folder: pathlib.Path):
+    All processes of the run save together, and each reads the whole state. Replicated
+    states alone are written: how many processes and devices there are may change.
+    """
+
+    def __init__(self, folder: pathlib.Path, processes: Processes = ALONE):
         self.folder = folder.absolute()
+        self._processes = processes
         try:
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -54,6 +60,9 @@ class Checkpoints:
                     enable_async_checkpointing=False,
                 ),
             )
+            self._reader = self._manager
+            if processes.count > 1:
+                self._reader = _of_one_process(self.folder, processes.index)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error}") from error
 
@@ -132,18 +141,40 @@ class Checkpoints:
           UserError: If there are some, and none can be read; as `restore`.
         """
         damaged: dict[int, Damaged] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        first = self._processes.first
+        for step in first(lambda: sorted(self._manager.all_steps(), reverse=True)):
+            found, error = None, None
             try:
-                state, position = self.restore(step, template)
-            except Damaged as error:
-                damaged[step] = error
+                found = self.restore(step, template)
+            except Damaged as raised:
+                error = raised
+            if self._is_damaged(error):
+                damaged[step] = error or self._damaged(step, "process 0 cannot read it")
                 continue
+            assert found is not None  # what one process cannot read all refuse
             for other, error in damaged.items():
-                say(f"{error.what}; it is in {self._set_aside(other)} now")
-            return step, state, position
-        for error in damaged.values():
-            raise error
+                place = first(lambda other=other: str(self._set_aside(other)))
+                say(f"{error.what}; it is in {place} now")
+            if damaged:
+                self._manager.reload()
+            return step, *found
+        with self._processes.together():
+            for error in damaged.values():
+                raise error
         return None
+
+    def _is_damaged(self, error: Damaged | None) -> bool:
+        """Return what the first process says; raise where only others cannot read it."""
+        said = self._processes.gather("" if error is None else str(error))
+        if said[0]:
+            return True
+        with self._processes.together():
+            if error is not None:
+                raise UserError(
+                    f"{error.what}, though process 0 can read it. Give all processes the"
+                    " same file system, and start them again: nothing was changed"
+                )
+        return False
 
     def _set_aside(self, step: int) -> pathlib.Path:
         place = self.folder.with_name(f"damaged-{step}")
@@ -159,7 +190,7 @@ class Checkpoints:
         """Return an item of a checkpoint, given by its name and how to restore it."""
         (name,) = item
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+            return self._reader.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # Orbax and TensorStore raise many kinds
             _silence_late_ends()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -168,6 +199,17 @@ class Checkpoints:
     def close(self) -> None:
         """Finish what is being written."""
         self._manager.close()
+        if self._reader is not self._manager:
+            self._reader.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close; not after an error of one of several processes, which would wait."""
+        if kind is None or self._processes.count == 1:
+            self.close()
 
     def _damaged(self, step: int, reason: str) -> "Damaged":
         folder = self.folder / str(step)
@@ -179,6 +221,22 @@ class Checkpoints:
         )
         what = f"the checkpoint {folder} cannot be read ({reason[:300]})"
         return Damaged(f"{what}. {remedy}, or choose another --out", what)
+
+
+def _of_one_process(folder: pathlib.Path, index: int) -> ocp.CheckpointManager:
+    """Return what reads without the other processes, which may fail elsewhere."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"process{index}",
+    )
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        read_only=True,
+        enable_async_checkpointing=False,
+        multiprocessing_options=alone,
+    )
+    return ocp.CheckpointManager(folder, options=options)
 
 
 @contextlib.contextmanager
@@ -237,10 +295,15 @@ def _rebuild(template: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 def _as_leaf(leaf: Any, array: np.ndarray) -> Array:
     # A copy: the state will be donated, so it must own its memory.
-    new = jnp.array(array)
+    if leaf.committed:  # maybe on devices of other processes, too
+        new = jax.make_array_from_callback(
+            array.shape, leaf.sharding, lambda at: jnp.array(array[at])
+        )
+    else:
+        new = jnp.array(array)
     if _is_key(leaf):
         new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(leaf))
-    return jax.device_put(new, leaf.sharding) if leaf.committed else new
+    return new
 
 
 def _raw(leaf: Any) -> Any:

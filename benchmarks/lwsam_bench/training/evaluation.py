@@ -11,10 +11,32 @@ from jax import Array
 from lwsam_bench.data.augment import normalize
 from lwsam_bench.data.splits import Split
 from lwsam_bench.models.network import Network
+from lwsam_bench.support.processes import ALONE, own, Processes
 
 
 EVAL_BATCH_SIZE = 500
 TEXT_EVAL_BATCH_SIZE = 64
+
+
+def _summed(
+    sums: Any, params: Any, model_state: Any, batches: Any, processes: Processes
+) -> tuple[float, float]:
+    """Return the sums over all batches, of which each process takes some.
+
+    The batches, and the order of the sum, are the same for any number of processes.
+    """
+    params, model_state = own(params), own(model_state)
+    index, count = processes.index, processes.count
+    parts = {
+        number: sums(params, model_state, *batch)
+        for number, batch in enumerate(zip(*batches, strict=True))
+        if number % count == index
+    }
+    found = np.zeros((len(batches[0]), 2), np.float32)
+    for number, part in jax.device_get(parts).items():
+        found[number] = part
+    losses, hits = processes.sum(found).astype(np.float64).T
+    return losses.sum(), hits.sum()
 
 
 class Evaluator:
@@ -22,6 +44,7 @@ class Evaluator:
 
     The last batch is filled up with zeros that have no weight, so that one executable
     does for all. Images that are too many for the device go there batch by batch.
+    Several processes share the batches.
     """
 
     def __init__(
@@ -32,7 +55,9 @@ class Evaluator:
         mean: np.ndarray,
         std: np.ndarray,
         batch_size: int = EVAL_BATCH_SIZE,
+        processes: Processes = ALONE,
     ):
+        self._processes = processes
         size = len(split)
         batch_size = min(batch_size, size)
         count = -(-size // batch_size)
@@ -62,13 +87,9 @@ class Evaluator:
 
     def __call__(self, params: Any, model_state: Any) -> dict[str, float]:
         """Return `{"loss": ..., "accuracy": ...}` with the running statistics."""
-        parts = [
-            self._sums(params, model_state, *batch)
-            for batch in zip(self._images, self._labels, self._weights, strict=True)
-        ]
-        losses, hits = np.asarray(jax.device_get(parts), np.float64).T
-        size = self._size
-        return {"loss": losses.sum() / size, "accuracy": hits.sum() / size}
+        batches = self._images, self._labels, self._weights
+        loss, hits = _summed(self._sums, params, model_state, batches, self._processes)
+        return {"loss": loss / self._size, "accuracy": hits / self._size}
 
 
 class TextEvaluator:
@@ -83,6 +104,7 @@ class TextEvaluator:
       characters: The text, uint8[N].
       length: Characters that the network reads of an excerpt.
       batch_size: Excerpts evaluated at a time.
+      processes: Share the batches.
     """
 
     def __init__(
@@ -92,7 +114,9 @@ class TextEvaluator:
         *,
         length: int,
         batch_size: int = TEXT_EVAL_BATCH_SIZE,
+        processes: Processes = ALONE,
     ):
+        self._processes = processes
         self._size = len(characters) - 1
         excerpts = -(-self._size // length)
         batch_size = min(batch_size, excerpts)
@@ -117,14 +141,11 @@ class TextEvaluator:
 
     def __call__(self, params: Any, model_state: Any) -> dict[str, float]:
         """Return loss, accuracy and perplexity."""
-        parts = [
-            self._sums(params, model_state, *batch)
-            for batch in zip(self._text, self._next, self._weights, strict=True)
-        ]
-        losses, hits = np.asarray(jax.device_get(parts), np.float64).T
-        loss = losses.sum() / self._size
+        batches = self._text, self._next, self._weights
+        loss, hits = _summed(self._sums, params, model_state, batches, self._processes)
+        loss = loss / self._size
         return {
             "loss": loss,
-            "accuracy": hits.sum() / self._size,
+            "accuracy": hits / self._size,
             "perplexity": float(np.exp(loss)),
         }

@@ -5,6 +5,7 @@ are pure functions of the seed and the step. So a run that goes on from a checkp
 repeats, bit for bit, what an unbroken run does.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -16,21 +17,16 @@ from rich.console import Console
 
 import lwsam_jax as lwsam
 from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.processes import ALONE, Processes
 from lwsam_bench.support.progress import Rate, reading, TrainProgress
 from lwsam_bench.support.provenance import provenance
-from lwsam_bench.support.rows import (
-    MetricsFile,
-    output_folder,
-    read_rows,
-    Row,
-    write_json,
-)
+from lwsam_bench.support.rows import output_folder, read_rows, Row, write_json
 from lwsam_bench.support.stopping import Stop
-from lwsam_bench.support.tensorboard import Board
 from lwsam_bench.training import run_folder, tasks, vit_checkpoint
 from lwsam_bench.training.checkpoint import Checkpoints
 from lwsam_bench.training.config import RunOptions, TrainConfig
 from lwsam_bench.training.recipe import make_step
+from lwsam_bench.training.records import Records
 from lwsam_bench.training.run_rows import in_short, Tally, train_row
 from lwsam_bench.training.tasks import Task
 
@@ -40,8 +36,20 @@ CHECKPOINTS_IN_A_RUN = 10  # unless the user says how many steps lie between two
 REFRESH = 30
 
 
-def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
+def train(
+    config: TrainConfig,
+    options: RunOptions,
+    console: Console,
+    processes: Processes = ALONE,
+) -> int:
     """Train, evaluate, and leave config, metrics and checkpoints in `options.out`.
+
+    Args:
+      config: The run.
+      options: Where, and how often.
+      console: Where to report.
+      processes: Of which this is one, each with its rows of every batch. The first one
+        alone writes rows and prints; checkpoints are written by all.
 
     Returns:
       0, or 130 or 143 if SIGINT or SIGTERM ended the run. A run whose seconds are up
@@ -50,23 +58,29 @@ def train(config: TrainConfig, options: RunOptions, console: Console) -> int:
     Raises:
       UserError: If the run cannot be made, or another process is writing it.
     """
-    out = output_folder(options.out)
-    with run_folder.lock(out):
+    out = pathlib.Path(options.out).expanduser()
+    first = processes.first
+    with contextlib.ExitStack() as stack:
+        first(lambda: str(output_folder(options.out)))
+        first(lambda: stack.enter_context(run_folder.lock(out)))
+        processes.share_folder(out)
         if not options.resume:
-            run_folder.start_over(out)
-        weights = vit_checkpoint.digest(config, options.data_dir)
-        before = run_folder.check_same_run(out, config, weights)
-        if before is not None and _has_ended(out):
+            first(lambda: run_folder.start_over(out))
+        with processes.together():
+            weights = vit_checkpoint.digest(config, options.data_dir)
+        before = first(lambda: run_folder.check_same_run(out, config, weights))
+        if first(lambda: before is not None and _has_ended(out)):
             console.print(_ENDED.format(out), soft_wrap=True)
             return 0
-        with reading(console, config.dataset) as on_record:
-            task = tasks.make(config, options.data_dir, on_record)
-        checkpoints = Checkpoints(out / run_folder.CHECKPOINTS)
-        try:
-            run = _Run(config, options, task, checkpoints, out, console, before)
+        with processes.together(), reading(console, config.dataset) as on_record:
+            task = tasks.make(config, options.data_dir, on_record, processes)
+        # The path of published weights may differ; their digest is in it, too.
+        processes.same({**_identity(config, task), "weights": None})
+        with Checkpoints(out / run_folder.CHECKPOINTS, processes) as checkpoints:
+            run = _Run(
+                config, options, task, checkpoints, out, console, before, processes
+            )
             return run.to_the_end()
-        finally:
-            checkpoints.close()
 
 
 def final_state(
@@ -113,12 +127,14 @@ class _Run:
         out: pathlib.Path,
         console: Console,
         before: dict[str, Any] | None,
+        processes: Processes,
     ):
         self.config, self.options, self.out = config, options, out
+        self.processes, self.signal = processes, 0
         self.task, self.checkpoints, self.console = task, checkpoints, console
         self.total = config.total_steps(task.steps_per_epoch)
         self.step_fn, self.learning_rate = make_step(
-            config, task.loss_fn, self.total, **task.facts()
+            config, task.loss_fn, self.total, **task.facts(), mesh=processes.mesh
         )
         self.state = _initial_state(self.step_fn, config, task)
         self.identity = _identity(config, task)
@@ -151,27 +167,29 @@ class _Run:
 
     def to_the_end(self) -> int:
         """Run the steps that are left; return the exit code."""
-        if self.done >= self.total and _has_ended(self.out):
+        first = self.processes.first
+        if first(lambda: self.done >= self.total and _has_ended(self.out)):
             self.console.print(_ENDED.format(self.out), soft_wrap=True)
             return 0
         # A run that is resumed may go on with other code or versions: say so.
         self.record["provenance"].append({"from_step": self.done, **provenance()})
-        write_json(self.out / run_folder.CONFIG, self.record)
+        first(lambda: write_json(self.out / run_folder.CONFIG, self.record))
         if self.done:
             self.console.print(f"going on from step {self.done} of {self.total}")
         self.started = time.perf_counter()
         with (
-            MetricsFile(self.out / run_folder.METRICS, self.done or None) as metrics,
-            Board(self.out / run_folder.TENSORBOARD, self.done, self.total) as board,
+            Records(
+                self.out, self.done, self.total, self.processes.is_first
+            ) as records,
             Stop() as stop,
             TrainProgress(self.console, self.total, self.done) as progress,
         ):
-            result = self._steps(metrics, board, stop, progress)
+            result = self._steps(records, stop, progress)
             if self.done >= self.total:
                 # None: it was killed before it could write its last row.
                 result = result or self._evaluate()
-                metrics.write(self._end_row(result))
-                metrics.sync()
+                records.write(self._end_row(result))
+                records.sync()
         if self.done < self.total:
             self.console.print(
                 f"stopped at step {self.done} of {self.total}; the same command goes on"
@@ -179,22 +197,22 @@ class _Run:
                 soft_wrap=True,
             )
         # Also after the last step: who sent it wants no other run to begin.
-        return 128 + stop.signal if stop.signal else 0
+        self.signal = self.processes.most(stop.signal)
+        return 128 + self.signal if self.signal else 0
 
     def _steps(
-        self, metrics: MetricsFile, board: Board, stop: Stop, progress: TrainProgress
+        self, records: Records, stop: Stop, progress: TrainProgress
     ) -> Row | None:
         """Run the steps; return the last evaluation."""
         rate, first, result = Rate(), self.done, None
-        while self.done < self.total and not (stop.signal or self._is_late()):
+        while self.done < self.total and not self._must_end(stop):
             self.state, info = self.step_fn(self.state, self.task.batches(self.done))
             self.unread.append(info)
             self.done += 1
             last = self.done == self.total
             if self.done % self.options.log_every == 0 or last:
                 row = self._train_row(info)
-                metrics.write(row)
-                board.write(row)
+                records.write(row)
                 speed = rate((self.done - first) * self.task.items_per_batch)
                 numbers = f"{speed:,.0f} {self.task.unit}/s"
                 progress.step(self.done, in_short(row, numbers, len(info.mask)))
@@ -202,26 +220,26 @@ class _Run:
                 progress.step(self.done)
             if self.done % self.task.steps_per_epoch == 0 or last:
                 result = self._evaluate()
-                row = {"kind": "test", **self._where(), **result}
-                metrics.write(row)
-                board.write(row)
+                records.write({"kind": "test", **self._where(), **result})
                 progress.say(
                     f"step {self.done}: test accuracy {result['accuracy']:.2%},"
                     f" test loss {result['loss']:.4f}"
                 )
             if self.done % self.checkpoint_every == 0 or last:
-                self._checkpoint(metrics, board)
-        self._checkpoint(metrics, board)  # of a run that was stopped
+                self._checkpoint(records)
+        self._checkpoint(records)  # of a run that was stopped
         return result
 
-    def _is_late(self) -> bool:
+    def _must_end(self, stop: Stop) -> bool:
+        """Whether a signal came, or the time is up, in this process or another."""
         limit = self.options.seconds
-        return limit is not None and time.perf_counter() - self.started > limit
+        is_late = limit is not None and time.perf_counter() - self.started > limit
+        self.signal = self.processes.most(stop.signal)
+        return bool(self.signal or (limit and self.processes.most(int(is_late))))
 
-    def _checkpoint(self, metrics: MetricsFile, board: Board) -> None:
+    def _checkpoint(self, records: Records) -> None:
         # First the rows: a checkpoint promises that those before it are there.
-        metrics.sync()
-        board.flush()
+        records.sync()
         position = {
             "identity": self.identity,
             "tally": dataclasses.asdict(self._tally()),

@@ -147,6 +147,7 @@ def make_step(
     *,
     steps_per_epoch: int | None = None,
     class_counts: Any = None,
+    mesh: Any = None,
 ) -> tuple[lwsam.TrainStep, Callable[[Any], Any]]:
     """Return the train step of a run and its learning rate.
 
@@ -156,9 +157,10 @@ def make_step(
       total_steps: Its length.
       steps_per_epoch: That of an epoch, for methods that count in epochs.
       class_counts: Examples of each class, for methods that weigh them.
+      mesh: Devices over which a batch is cut; None: there is one.
     """
     schedule = make_schedule(config.lr, total_steps, config.decay_at)
     optimizer = make_optimizer(config, schedule)
     facts = Facts(total_steps, steps_per_epoch, schedule, class_counts)
     method = methods.configure(config, total_steps, facts)
-    return lwsam.TrainStep(loss_fn, optimizer, method), schedule
+    return lwsam.TrainStep(loss_fn, optimizer, method, mesh), schedule

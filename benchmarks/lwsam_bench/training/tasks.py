@@ -14,6 +14,7 @@ from lwsam_bench.models.finetune import CHANNELS
 from lwsam_bench.models.names import ModelName
 from lwsam_bench.models.network import Network
 from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.processes import ALONE, Processes
 from lwsam_bench.training import evaluation, recipe, vit_checkpoint
 from lwsam_bench.training.config import TrainConfig
 from lwsam_bench.training.family import reads_losses
@@ -69,6 +70,7 @@ def make(
     config: TrainConfig,
     data_dir: str | None,
     on_record: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Task:
     """Read the data of a run and make its network.
 
@@ -76,6 +78,7 @@ def make(
       config: The run.
       data_dir: Folder of tensorflow-datasets; see `splits.default_data_dir`.
       on_record: See `sources.load`.
+      processes: Of which this is one: its batches have its rows alone.
 
     Raises:
       UserError: If data or weights are missing, or do not fit the network.
@@ -94,7 +97,7 @@ def make(
             f" {wanted}"
         )
     if is_text:
-        return _text(config, text.load(data_dir))
+        return _text(config, text.load(data_dir), processes)
     dataset = sources.load(
         config.dataset,
         data_dir,
@@ -103,7 +106,7 @@ def make(
         train_images=config.train_images,
         test_images=config.test_images,
     )
-    task = _images(config, name, dataset, weights)
+    task = _images(config, name, dataset, weights, processes)
     digest = vit_checkpoint.digest(config, data_dir)
     return dataclasses.replace(task, weights=digest)
 
@@ -113,6 +116,7 @@ def _images(
     name: ModelName,
     dataset: splits.Dataset,
     weights: pathlib.Path | None,
+    processes: Processes,
 ) -> Task:
     if config.batch_size > len(dataset.train):
         raise UserError(
@@ -139,6 +143,7 @@ def _images(
         mean=mean,
         std=std,
         augment=config.augment,
+        own=processes.rows(config.batch_size),
     )
     return Task(
         network=network,
@@ -153,7 +158,12 @@ def _images(
         items_per_batch=config.batch_size,
         unit="images",
         evaluate=evaluation.Evaluator(
-            network, dataset.test, mean=mean, std=std, batch_size=eval_batch_size
+            network,
+            dataset.test,
+            mean=mean,
+            std=std,
+            batch_size=eval_batch_size,
+            processes=processes,
         ),
         fingerprint=dataset.fingerprint(),
         note=dataset.note,
@@ -168,7 +178,7 @@ def _images(
     )
 
 
-def _text(config: TrainConfig, source: text.Text) -> Task:
+def _text(config: TrainConfig, source: text.Text, processes: Processes) -> Task:
     train = _first(source.characters, config.train_images, "--train-images")
     validation = _first(source.validation, config.test_images, "--test-images")
     source = dataclasses.replace(source, characters=train, validation=validation)
@@ -189,12 +199,18 @@ def _text(config: TrainConfig, source: text.Text) -> Task:
             per_example=reads_losses(config.method),
         ),
         batches=text.TextBatches(
-            train, batch_size=config.batch_size, length=length, seed=config.seed
+            train,
+            batch_size=config.batch_size,
+            length=length,
+            seed=config.seed,
+            own=processes.rows(config.batch_size),
         ),
         steps_per_epoch=len(train) // items,
         items_per_batch=items,
         unit="tokens",
-        evaluate=evaluation.TextEvaluator(network, validation, length=length),
+        evaluate=evaluation.TextEvaluator(
+            network, validation, length=length, processes=processes
+        ),
         fingerprint=source.fingerprint(),
         note="",
         dataset=None,
