@@ -3,10 +3,12 @@
 import io
 import json
 import pathlib
+import re
 
 import pytest
 from rich.console import Console
 
+import lwsam_jax as lwsam
 from lwsam_bench.pages.docs import marks
 from lwsam_bench.speed import presets
 from lwsam_bench.support.rows import read_rows
@@ -32,6 +34,36 @@ def test_a_row_is_measured_once_and_the_page_is_made_of_it(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| sam | 29 | 2.00 |" in text
+
+
+def test_the_committed_page_is_made_of_the_committed_rows():
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    names = [row["preset"] for row in rows]
+    assert names == [name for name in presets.CASES if name in names]
+    assert "sam" in names
+    opening, closing = marks(presets.MARK)
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    found = page.split(opening)[1].split(closing)[0]
+    assert found.strip() == presets.table(rows).strip()
+
+
+# Measured under another name: a part of `sam`, and another base optimizer.
+ELSEWHERE = {"momentum_sam": "sam, momentum (MSAM)", "sam": "sam"}
+
+
+def test_every_preset_of_the_documentation_is_measured():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| [`")]
+    measured = [json.loads(line)["preset"] for line in ROWS.read_text().splitlines()]
+    names = {name.split(",")[0] for name in measured} | set(measured)
+    for line in lines:
+        cells = [cell.strip() for cell in line[1:-1].split("|")]
+        assert len(cells) == 6
+        assert all(cells), line
+        (name, *_) = re.findall(r"\w+", cells[0])
+        assert ELSEWHERE.get(name, name) in names, name
+        assert hasattr(lwsam, name)
+    assert len(lines) > 35
 
 
 def test_what_the_committed_rows_say():
