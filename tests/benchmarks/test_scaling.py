@@ -1,12 +1,17 @@
 """What travels between devices: read from HLO, and what the committed rows say of it."""
 
+import pathlib
+
 import pytest
 
+from lwsam_bench.pages.docs import marks
 from lwsam_bench.scaling import programs, run, table
 from lwsam_bench.support import hlo
 from lwsam_bench.support.rows import read_rows
 
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "benchmarks" / "results" / "scaling"
 WEIGHTS = programs.DEPTH * programs.WIDTH**2 * 4  # bytes of all layers
 SMALL = 1024  # bytes of losses, norms and numbers, at most
 
@@ -134,3 +139,20 @@ def holds(rows):
         sgd = found[layout, "SGD", processes, devices]
         assert row["flops"] >= sgd["flops"]
     return found
+
+
+def test_the_committed_rows_and_the_page():
+    rows = list(read_rows(COMMITTED / run.ROWS))
+    found = holds(rows)
+    places = {(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 4)}
+    assert {key[2:] for key in found} == places
+    assert {key[:2] for key in found} == {
+        (layout, method) for layout in programs.LAYOUTS for method in programs.METHODS
+    }
+    assert not rows[0]["dirty"]
+    text = table.markdown(rows)
+    assert "the same to the byte" in text
+    assert (COMMITTED / run.TABLE).read_text() == text
+    opening, closing = marks(table.MARK)
+    page = (ROOT / "docs" / table.PAGE).read_text()
+    assert page.split(opening)[1].split(closing)[0].strip() == text.strip()
