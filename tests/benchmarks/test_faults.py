@@ -25,6 +25,8 @@ def test_runs_are_broken_and_go_on(command, tmp_path):
         "full disk",
         "read-only folder",
         "other devices",
+        "one process killed",
+        "fewer processes",
     ]
     for row in rows:
         assert row["restarts"] >= 1, row
@@ -35,7 +37,7 @@ def test_runs_are_broken_and_go_on(command, tmp_path):
 
 def test_what_is_lost_is_an_error(tmp_path, capsys):
     row = {"kind": "fault", "fault": "killed", "how": "", "restarts": 1, "repeated": 0}
-    config = {"kind": "config", "steps": 60, "every": 7}
+    config = {"kind": "config", "method": ["sam"], "steps": 60, "every": 7}
     for lost, differences, code in ((0, [], 0), (7, [], 1), (0, ["the array w"], 1)):
         fault = {**row, "lost": lost, "differences": differences}
         write_rows(tmp_path / suite.ROWS, [config, fault])

@@ -90,9 +90,10 @@ FLOORS = {
         ("images", "runner", "text"),
     ),
     "faults": (
-        ("on_devices", "table", "trainer"),
+        ("forked", "on_devices", "table"),
+        ("trainer",),
         ("compare",),
-        ("devices", "disks", "kills"),
+        ("devices", "disks", "kills", "processes"),
         ("suite",),
     ),
     "radius": (("report", "trials"), ("run",)),

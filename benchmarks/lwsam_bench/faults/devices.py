@@ -1,8 +1,6 @@
 """Restarts onto another number of devices."""
 
 import pathlib
-import subprocess
-import sys
 
 from lwsam_bench.faults.compare import arrays, largest_difference
 from lwsam_bench.faults.trainer import newest, PATIENCE, Trainer
@@ -11,17 +9,16 @@ from lwsam_bench.support.rows import Row
 
 
 COUNTS = (4, 2, 1)  # devices, one after the other
-STEPS = 60
 TOLERANCE = 1e-4  # of the norm of each array, in float32
 
 
-def change(trainer: Trainer, folder: pathlib.Path) -> Row:
+def change(trainer: Trainer, folder: pathlib.Path, steps: int) -> Row:
     """Go on with one run on 4, 2 and 1 devices, and compare with 1 from the start."""
-    _part(trainer, folder / "unbroken", STEPS, 1)
+    _part(trainer, folder / "unbroken", steps, 1)
     out, lost = folder / "changed", 0
     for i, count in enumerate(COUNTS):
         promised = newest(out)
-        output = _part(trainer, out, STEPS * (i + 1) // len(COUNTS), count)
+        output = _part(trainer, out, steps * (i + 1) // len(COUNTS), count)
         if promised and f"going on from step {promised} on {count}" not in output:
             lost += promised
     difference = largest_difference(arrays(out), arrays(folder / "unbroken"))
@@ -40,17 +37,9 @@ def change(trainer: Trainer, folder: pathlib.Path) -> Row:
 
 def _part(trainer: Trainer, out: pathlib.Path, until: int, count: int) -> str:
     out.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "lwsam_bench.faults.on_devices", str(out), str(until)],
-        env=trainer.environment(
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={count}"
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(f"a run on {count} devices fails: {done.stdout}")
-    return done.stdout
+    process = trainer.part([str(out), str(until)], count)
+    ended = process.wait(PATIENCE)
+    if ended is None or ended[0]:
+        output = process.end() if ended is None else ended[1]
+        raise UserError(f"a run on {count} devices fails: {output}")
+    return ended[1]

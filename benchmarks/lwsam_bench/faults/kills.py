@@ -47,7 +47,7 @@ def kill(
         earlier = unfinished(out)
         run = trainer.start(out)
         if number in early:
-            wait = draw.uniform(0, 4)
+            wait = draw.uniform(0, 1.5)
             moment = time.monotonic() + wait
             run.until(lambda at=moment: time.monotonic() > at)
         else:

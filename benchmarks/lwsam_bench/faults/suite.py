@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lwsam_bench.faults import devices, disks, kills, table
+from lwsam_bench.faults import devices, disks, kills, processes, table
 from lwsam_bench.faults.trainer import Trainer
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.provenance import provenance
@@ -32,16 +32,31 @@ class Extent:
       kills: How often a run is killed.
       steps: Of each run.
       every: Steps between two checkpoints.
+      method: What trains; its arguments.
+      few_steps: Of runs on several devices, and in several processes.
+      processes: That train together, of which one is killed.
+      victims: Which of them, one after the other; 0 is the coordinator.
     """
 
     kills: int = 10
     steps: int = 400
     every: int = 7
+    # All layers but one: a selection that changes from step to step.
+    method: tuple[str, ...] = ("lwsam", "--k", "9")
+    few_steps: int = 60
+    processes: int = 4
+    victims: tuple[int, ...] = (3, 0)
+
+    @property
+    def fewer(self) -> tuple[int, ...]:
+        """How many go on after that: halves, down to one."""
+        return tuple(self.processes >> i for i in range(1, self.processes.bit_length()))
 
 
-SMOKE = Extent(kills=2, steps=60)
-# All layers but one: a selection that changes from step to step.
-_RUN = ("--dataset", "digits", "--method", "lwsam", "--k", "9", "--batch-size", "32")
+SMOKE = Extent(
+    kills=2, steps=30, method=("sam",), few_steps=20, processes=2, victims=(1,)
+)
+_RUN = ("--dataset", "digits", "--batch-size", "32", "--log-every", "1", "--method")
 
 
 def run(
@@ -74,14 +89,17 @@ def run(
 def _rows(extent: Extent, console: Console) -> Sequence[Row]:
     with tempfile.TemporaryDirectory(prefix="lwsam-faults-") as name:
         folder = pathlib.Path(name)
-        arguments = (*_RUN, "--steps", str(extent.steps))
-        arguments += ("--checkpoint-every", str(extent.every), "--log-every", "1")
+        arguments = (*_RUN, *extent.method, "--steps", str(extent.steps))
+        arguments += ("--checkpoint-every", str(extent.every))
         trainer = Trainer(arguments, folder / "cache")
         unbroken, half = folder / "unbroken", folder / "half"
         ended = trainer.run(unbroken)
         if ended.code:
             raise UserError(f"the unbroken run fails: {ended.output}")
         disks.stop_half_way(trainer, half, extent.steps)
+        together = processes.Together(
+            trainer, folder / "processes", extent.processes, extent.few_steps
+        )
         tests = [
             lambda: kills.kill(
                 trainer,
@@ -98,7 +116,9 @@ def _rows(extent: Extent, console: Console) -> Sequence[Row]:
             ),
             lambda: disks.fill(trainer, folder / "full", unbroken),
             lambda: disks.forbid(trainer, folder / "closed", unbroken),
-            lambda: devices.change(trainer, folder / "devices"),
+            lambda: devices.change(trainer, folder / "devices", extent.few_steps),
+            lambda: together.kill_one(extent.victims),
+            lambda: together.fewer(extent.fewer),
         ]
         rows: list[Row] = [
             {"kind": "config", **dataclasses.asdict(extent), **provenance()}

@@ -8,6 +8,7 @@ from lwsam_bench.support.rows import Row, write_text
 
 
 PAGE, MARK = "faults.md", "faults"
+_METHODS = {"lwsam": "Layer-wise SAM", "sam": "SAM"}
 _HEADER = ("fault", "how", "restarts", "steps lost", "steps repeated", "the end")
 
 
@@ -42,8 +43,9 @@ def markdown(rows: Sequence[Row]) -> str:
         for row in found
     ]
     (config,) = [row for row in rows if row.get("kind") == "config"]
+    method = _METHODS[config.get("method", ["lwsam"])[0]]
     notes = (
-        f"Layer-wise SAM on digits, {config['steps']} steps, a checkpoint every"
+        f"{method} on digits, {config['steps']} steps, a checkpoint every"
         f" {config['every']}; {sum(row['restarts'] for row in found)} restarts in all,"
         f" {sum(row['lost'] for row in found)} steps lost beyond the last checkpoint."
     )

@@ -4,11 +4,10 @@ import dataclasses
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
+from lwsam_bench.faults.forked import Forked
 from lwsam_bench.support.errors import UserError
 
 
@@ -53,29 +52,12 @@ class Trainer:
 
     def start(self, out: pathlib.Path) -> "Watched":
         """Start a run in a folder."""
-        command = [sys.executable, "-m", "lwsam_bench", "train", *self.arguments]
-        return Watched(
-            subprocess.Popen(
-                [*command, "--out", str(out)],
-                env=self.environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            ),
-            out,
-        )
+        arguments = ["train", *self.arguments, "--out", str(out)]
+        return Watched(Forked("lwsam_bench.commands.cli", arguments, self.cache), out)
 
-    def environment(self, **more: str) -> Mapping[str, str]:
-        """Return the environment of a process that trains."""
-        return {
-            # Equal to the last bit is a promise for one machine, kept on its CPU.
-            "JAX_PLATFORMS": "cpu",
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            **more,
-        }
+    def part(self, arguments: Sequence[str], devices: int) -> Forked:
+        """Start a part of a run on so many devices; see `on_devices`."""
+        return Forked("lwsam_bench.faults.on_devices", arguments, self.cache, devices)
 
     def run(self, out: pathlib.Path) -> Ended:
         """Run to whatever end."""
@@ -85,7 +67,7 @@ class Trainer:
 class Watched:
     """A run under way, and what its folder has shown so far."""
 
-    def __init__(self, process: subprocess.Popen, out: pathlib.Path):
+    def __init__(self, process: Forked, out: pathlib.Path):
         self.process, self.out = process, out
         self.began = time.monotonic()
         self.saved = newest(out)
@@ -94,9 +76,7 @@ class Watched:
         """Note what is saved by now; return whether the process is alive."""
         self.saved = max(self.saved, newest(self.out))
         if time.monotonic() - self.began > PATIENCE:
-            self.process.kill()
-            output, _ = self.process.communicate()
-            raise UserError(f"a run does not come to its end: {output}")
+            raise UserError(f"a run does not come to its end: {self.process.end()}")
         return self.process.poll() is None
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -107,11 +87,12 @@ class Watched:
     def wait(self, signal_number: int | None = None) -> Ended:
         """Send a signal, if one is given, and wait for the end."""
         if signal_number is not None:
-            self.process.send_signal(signal_number)
-        output, _ = self.process.communicate(timeout=PATIENCE)
-        self.look()
-        code = self.process.returncode
-        return Ended(code, output, self.saved, rows_done(self.out))
+            self.process.send(signal_number)
+        ended = self.process.wait(PATIENCE)
+        if ended is None:
+            raise UserError(f"a run does not come to its end: {self.process.end()}")
+        self.saved = max(self.saved, newest(self.out))
+        return Ended(*ended, self.saved, rows_done(self.out))
 
 
 def saved(out: pathlib.Path) -> list[int]:
