@@ -54,7 +54,7 @@ def test_the_committed_rows_lost_nothing():
     (config,) = [row for row in rows if row["kind"] == "config"]
     found = {row["fault"]: row for row in table.faults(rows)}
     assert config["kills"] == found["killed"]["restarts"] == 10
-    assert len(found) == 6
+    assert len(found) == 8
     assert all(table.holds(row) for row in found.values())
     assert (COMMITTED / suite.TABLE).read_text() == table.markdown(rows)
     page = (ROOT / "docs" / table.PAGE).read_text()

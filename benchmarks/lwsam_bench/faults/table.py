@@ -43,7 +43,7 @@ def markdown(rows: Sequence[Row]) -> str:
         for row in found
     ]
     (config,) = [row for row in rows if row.get("kind") == "config"]
-    method = _METHODS[config.get("method", ["lwsam"])[0]]
+    method = _METHODS[config["method"][0]]
     notes = (
         f"{method} on digits, {config['steps']} steps, a checkpoint every"
         f" {config['every']}; {sum(row['restarts'] for row in found)} restarts in all,"
