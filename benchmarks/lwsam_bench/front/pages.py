@@ -14,6 +14,7 @@ from lwsam_bench.faults import suite, table as faults
 from lwsam_bench.front import committed, demo, first
 from lwsam_bench.pages import docs
 from lwsam_bench.radius import run as radius
+from lwsam_bench.scaling import run as scale, table as scaling
 from lwsam_bench.speed import presets, prices
 from lwsam_bench.support.rows import read_rows, write_text
 from lwsam_bench.tuning.report import family, page as tuning, pareto, verdicts
@@ -78,6 +79,11 @@ BLOCKS: tuple[Block, ...] = (
         "docs/helps.md", radius.PLACE, _rows(radius.markdown, "find-rho", radius.ROWS)
     ),
     Block("docs/faults.md", faults.MARK, _rows(faults.markdown, "faults", suite.ROWS)),
+    Block(
+        "docs/parallel.md",
+        scaling.MARK,
+        _rows(scaling.markdown, "scaling", scale.ROWS),
+    ),
     Block(
         "docs/accelerator.md",
         accelerator.NAME,
