@@ -119,6 +119,7 @@ def gone_on(output):
     return said_step("going on from", output)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_two_processes(group, unbroken, killed, rows, tmp_path):
     """Also after a signal to one ended both; bit by bit the unbroken run, to the end."""
     out = shutil.copytree(killed, tmp_path / "run")
@@ -147,6 +148,7 @@ def test_killed_and_resumed_with_two_processes(group, unbroken, killed, rows, tm
     assert got == expected
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_one_process(group, unbroken, killed, rows, tmp_path):
     """Sums are taken in another order; twenty steps on it is the same run."""
     out = shutil.copytree(killed, tmp_path / "run")
