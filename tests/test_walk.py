@@ -19,10 +19,13 @@ from walk_parts import (
     differs,
     FEW,
     from_tree,
+    half_square,
     mask,
     method_of,
     name_of,
     NOISY,
+    probe_of,
+    PROBING,
     REFUSED,
     trained,
 )
@@ -45,6 +48,24 @@ def noise():
     assert len(flat) == len(np.unique(flat))
     assert 0.85 < flat.std() < 1.15
     return drawn
+
+
+@functools.cache
+def probes():
+    """What `differences` draws in each step."""
+    with enable_x64(True):
+        w, drawn = reference.mlp_params(), []
+        for params, _, info in trained(PROBING(), loss=squares)[1]:
+            drawn.append(probe_of(from_tree(info.metrics["point"]), w))
+            w = from_tree(params)
+    flat = np.concatenate([leaf.ravel() for step in drawn for leaf in step.values()])
+    assert 0.85 < flat.std() < 1.15
+    return drawn
+
+
+def squares(params, model_state, batch, key):
+    del batch, key
+    return half_square(params), (model_state, {"point": params})
 
 
 # --- against the oracle ---------------------------------------------------------------
@@ -110,7 +131,8 @@ def check(parts, **options):
         step, found = trained(method_of(parts), **options)
     layers_of_mask = lambda info: step.layers.selected(info.mask)
     infos = [(from_tree(params), info) for params, _, info in found]
-    follow(parts, infos, layers_of_mask, noise())
+    draws = probes() if parts.ascent == "differences" else noise()
+    follow(parts, infos, layers_of_mask, draws)
     for number, (_, model_state, info) in enumerate(found):
         assert info.finite
         assert model_state == number + 1

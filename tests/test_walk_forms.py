@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,12 +19,15 @@ from walk_parts import (
     differs,
     FEW,
     from_tree,
+    half_square,
     KEY,
     mask,
     mean_loss,
     method_of,
     name_of,
     NOISY,
+    probe_of,
+    PROBING,
     to_tree,
 )
 from walk_reference import STEPS
@@ -45,19 +47,34 @@ def noise_of_the_transformation():
 
 
 @functools.cache
-def noise_of_the_functional_form():
-    """The gradient of |w|^2 / 2 is the point."""
+def probes_of_the_transformation():
     with enable_x64(True):
         w = to_tree(reference.mlp_params())
-        half = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p)) / 2
-        layers = lwsam.Layers.of(w, lwsam.leaves)
-        point = lwsam.value_and_grad(half, layers.names, method=NOISY())(w, key=KEY)
-        return from_tree(jax.tree.map(lambda a, b: a - b, point.grads, w))
+        tx, drawn = lwsam.as_optax(PROBING()), []
+        state = tx.init(w)
+        for _ in range(STEPS):
+            point, state = tx.update(w, state, w, value_fn=half_square)
+            drawn.append(probe_of(from_tree(point), from_tree(w)))
+    return drawn
+
+
+@functools.cache
+def draws_of_the_functional_form(ascent):
+    method = PROBING() if ascent == "differences" else NOISY()
+    with enable_x64(True):
+        w = to_tree(reference.mlp_params())
+        names = lwsam.Layers.of(w, lwsam.leaves).names
+        out = lwsam.value_and_grad(half_square, names, method=method)(w, key=KEY)
+        point, w = from_tree(out.grads), from_tree(w)
+    if ascent == "differences":
+        return probe_of(point, w)
+    return family.added(point, -1.0, w)
 
 
 def forms_of(parts):
     """What the transformation may take its gradients from, traced mask or a tuple."""
-    twice = parts.ascent not in walk.COUNTS and parts.combine != "flatness"
+    more = (*walk.COUNTS, "differences")  # look at the loss more than twice
+    twice = parts.ascent not in more and parts.combine != "flatness"
     sources = ["value_fn"] + ["grad_fn"] * twice
     return [(source, static) for source in sources for static in (False, True)]
 
@@ -91,6 +108,8 @@ def check_transformation(parts, source, static):
             params, opt_state = update(params, opt_state, batch, selection)
             found.append((layers, from_tree(params), opt_state[0].norms))
     last, draws = walk.first(reference.mlp_params()), noise_of_the_transformation()
+    if parts.ascent == "differences":
+        draws = probes_of_the_transformation()
     for number, (layers, params, norms) in enumerate(found):
         where = f"{name_of(parts)}, {source}, step {number}"
         if parts.when != "gate":  # which the state cannot know beforehand
@@ -132,7 +151,7 @@ def test_so_it_is_in_the_functional_form(parts):
     part = family.rows_of(BATCHES[0], rows)
     keeps = (
         parts.ascent in ("momentum", "previous")
-        or parts.shape in ("chain", "sparse")
+        or parts.shape in ("chain", "sparse", "light")
         or parts.combine == "reuse"
     )
     with enable_x64(True):
@@ -148,7 +167,7 @@ def test_so_it_is_in_the_functional_form(parts):
                 gradient(params, BATCHES[0], key=KEY, **extra)
             return
         out = gradient(params, BATCHES[0], key=KEY, **extra)
-    draws = noise_of_the_functional_form() if parts.ascent == "random" else None
+    draws = draws_of_the_functional_form(parts.ascent)
     first = walk.first(reference.mlp_params())
     taken = walk.step(parts, first, BATCHES[0], LAYERS_CHOSEN, rows, draws, mask())
     assert not differs(from_tree(out.grads), taken.update)

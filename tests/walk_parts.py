@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import family_reference as family
 import lwsam_jax as lwsam
 import reference
 import walk_reference as walk
@@ -43,6 +44,19 @@ def half_of_each(ascent, descent):
     return tuple(0.5 * (d + length * a) for a, d in pairs)
 
 
+def bent(losses, batch):
+    del batch
+    return losses + walk.BEND * losses**2 / 2
+
+
+def own(losses, batch):
+    return jnp.asarray(walk.CLASSES)[batch[1]] * losses
+
+
+def others(losses, batch):
+    return losses - own(losses, batch)
+
+
 def elements():
     """A mask that stays through the walk."""
     return lwsam.sparse(0.5, seed=SEED)
@@ -76,6 +90,7 @@ ASCENT = {
     "momentum": lwsam.momentum,
     "previous": lwsam.previous,
     "random": lwsam.random,
+    "differences": lambda: lwsam.differences(mu=walk.MU),
     "function": lambda: some_examples,
 }
 SHAPE = {
@@ -90,6 +105,7 @@ SHAPE = {
     "proportional element": lambda: lwsam.proportional("element"),
     "chain": lambda: optax.chain(optax.trace(walk.DECAY), lwsam.normalized()),
     "sparse": lambda: optax.chain(lwsam.normalized(), elements()),
+    "light": lambda: lwsam.light_scale(**walk.LIGHT),
 }
 COMBINE = {
     "descend": lwsam.descend,
@@ -110,7 +126,12 @@ WHEN = {
     "predicate": lambda: lambda step: step != 2,
     "gate": Listed,
 }
-DESCENT = {"None": lambda: None, "sharpest": lambda: lwsam.sharpest(walk.SHARE)}
+DESCENT = {
+    "None": lambda: None,
+    "sharpest": lambda: lwsam.sharpest(walk.SHARE),
+    "weighed": lambda: lwsam.weighed(bent),
+    "weighed thrice": lambda: lwsam.weighed(bent, ascent=own, rest=others),
+}
 
 
 def method_of(parts, **changes):
@@ -165,9 +186,9 @@ def base_optimizer():
     return optax.sgd(RATE, momentum=MOMENTUM)
 
 
-def trained(method, steps=STEPS, **options):
+def trained(method, steps=STEPS, loss=loss_fn, **options):
     """The step, and for each of its calls the state after it and what it reports."""
-    step = lwsam.TrainStep(loss_fn, base_optimizer(), method, **options)
+    step = lwsam.TrainStep(loss, base_optimizer(), method, **options)
     params = to_tree(reference.mlp_params())
     state = step.init(params, jnp.int32(0), BATCHES[0], key=KEY)
     found = []
@@ -186,6 +207,22 @@ NOISY = functools.partial(
     rule=lwsam.leaves,
     seed=SEED,
 )
+
+
+PROBING = functools.partial(NOISY, ascent=lwsam.differences(mu=walk.MU))
+
+
+def half_square(params):
+    """Its gradient at a point is the point."""
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)) / 2
+
+
+def probe_of(point, w):
+    """The vector P, or its opposite, behind the direction (w . P) P of `half_square`."""
+    direction = family.added(point, -1.0, w)
+    square = family.inner(w, direction)
+    assert square > 1e-6
+    return family.scaled(square**-0.5, direction)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ computed here, with the arithmetic of `family_reference`.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ PARTS = {
         "momentum",
         "previous",
         "random",
+        "differences",
         "function",
     ),
     "shape": (
@@ -56,6 +57,7 @@ PARTS = {
         "proportional element",
         "chain",
         "sparse",
+        "light",
     ),
     "combine": (
         "descend",
@@ -69,14 +71,18 @@ PARTS = {
         "function",
     ),
     "when": ("always", "every", "last", "between", "predicate", "gate"),
-    "descent": ("None", "sharpest"),
+    "descent": ("None", "sharpest", "weighed", "weighed thrice"),
 }
-STALE = ("momentum", "previous", "random")
-RHO = {"raw": 0.3, "relative layer": 0.1, "relative filter": 0.1}
+STALE = ("momentum", "previous", "random", "differences")
+RHO = {"raw": 0.3, "relative layer": 0.1, "relative filter": 0.1, "light": 0.05}
 ALPHA = {"mix": 0.8, "surrogate_gap": 0.5, "decoupled": 0.6}
 WEIGHT = 0.7  # of `reuse`
 FLATNESS = {"radius": 0.1, "beta0": 0.3, "beta1": 0.6, "gamma": 0.2}
 SHARE = 0.5  # of `sharpest`
+MU = 0.05  # of `differences`
+LIGHT = {"b1": 0.8, "b2": 0.9, "delta": 0.1}  # of the shape "light"
+BEND = 0.5  # of `weighed`: the descent has l + BEND l^2 / 2 of each loss l
+CLASSES = (0.9, 0.2, 0.5)  # of "weighed thrice": the ascent's share of each class
 # How many examples each ascent sees; the function's are the first ones.
 COUNTS = {"fraction": 2, "size": 3, "function": 5}
 WHEN = {
@@ -122,6 +128,8 @@ def refused(parts: Parts) -> str | None:
         return "combine"  # it takes two gradients of each pass
     if parts.descent == "sharpest" and parts.ascent != "whole_batch":
         return "descent"  # nobody knows the clean losses
+    if parts.descent == "weighed thrice" and parts.is_stale:
+        return "descent"  # there is no ascent to weigh
     if parts.when == "gate" and parts.is_stale:
         return "ascent"  # there is no gradient to decide by
     if parts.when == "gate" and parts.descent != "None":
@@ -144,6 +152,8 @@ class Step(NamedTuple):
       velocity: Of the base optimizer.
       update: What the base optimizer got.
       trace: State of the chain's trace.
+      mean: Of gradients, which the shape "light" keeps.
+      squares: The same of their squares.
       across: What `reuse` keeps.
     """
 
@@ -158,9 +168,13 @@ class Step(NamedTuple):
     velocity: Leaves
     update: Leaves
     trace: Leaves
+    mean: Leaves
+    squares: Leaves
     across: Leaves
 
 
+# (losses of the examples, labels) -> d weighed loss / d loss of each example
+Slopes = Callable[[np.ndarray, np.ndarray], np.ndarray]
 GRADIENT = family.gradient_of(reference.mlp_value_and_grad)
 LOSSES = family.losses_of(reference.mlp_value_and_grad)
 
@@ -174,7 +188,23 @@ def first(params: Leaves) -> Step:
     """What there is before the first step."""
     zero = zeros(params)
     norms = dict.fromkeys(LAYERS, 0.0)
-    return Step(params, 0, 0, None, params, norms, norms, 0, zero, zero, zero, zero)
+    squares = {name: leaf + LIGHT["delta"] ** 2 for name, leaf in zero.items()}
+    return Step(
+        params=params,
+        value=0,
+        perturbed_value=0,
+        ascent_value=None,
+        reported=params,
+        norms=norms,
+        known=norms,
+        rho=0,
+        velocity=zero,
+        update=zero,
+        trace=zero,
+        mean=zero,
+        squares=squares,
+        across=zero,
+    )
 
 
 def layers_of(parts: Parts, number: int, last: Step) -> tuple[str, ...] | None:
@@ -219,7 +249,7 @@ def step(
       batch: Inputs and labels.
       layers: Those that this step perturbs; none: a plain step.
       rows: The examples of the ascent.
-      noise: What `random` draws.
+      noise: What `random` draws, or the vector of `differences`.
       mask: The elements that `sparse` leaves, 1 and 0.
     """
     w = last.params
@@ -230,12 +260,12 @@ def step(
             return taken._replace(ascent_value=loss(w, part))
         return taken
     names = [leaf for name in layers for leaf in LAYERS[name]]
-    direction, ascent_value = _direction(parts, last, part, noise)
+    direction, ascent_value = _direction(parts, last, part, batch, noise, names)
     pair = parts.combine == "flatness"
     if pair:
         g0, g1 = direction, GRADIENT(_along(w, direction, names), part)
         direction = added(g1, -1.0, g0)
-    epsilon, trace = _perturbation(parts, last, direction, names)
+    epsilon, kept = _perturbation(parts, last, direction, names)
     if parts.shape == "sparse":
         epsilon = {name: mask[name] * leaf for name, leaf in epsilon.items()}
     point = added(w, 1.0, epsilon)
@@ -245,9 +275,13 @@ def step(
         rise = LOSSES(point, batch) - LOSSES(w, batch)
         order = np.argsort(-rise, kind="stable")
         seen = family.rows_of(batch, np.sort(order[: int(SHARE * len(order))]))
-    descent = GRADIENT(point, seen)
+    descent, rest = GRADIENT(point, seen), zeros(w)
+    if parts.descent.startswith("weighed"):
+        descent = weighed_gradient(point, batch, _bent)
+    if parts.descent == "weighed thrice":
+        rest = weighed_gradient(w, batch, _others)
     update, across, late, moves = descent, last.across, None, None
-    norms = _norms(descent)
+    norms = _norms(added(descent, 1.0, rest))
     known = norms
     if parts.combine == "descend_on_selected":
         update, moves = only(descent, names), names
@@ -266,7 +300,7 @@ def step(
     is_whole = parts.ascent == "whole_batch"
     return _finished(
         last,
-        update,
+        added(update, 1.0, rest),
         late=late,
         moves=moves,
         value=loss(w, batch) if is_whole else perturbed_value,
@@ -276,9 +310,31 @@ def step(
         norms=norms,
         known=known,
         rho=parts.rho,
-        trace=trace,
         across=across,
+        **kept,
     )
+
+
+def weighed_gradient(w: Leaves, batch: Any, slopes: Slopes) -> Leaves:
+    """The gradient of a mean over functions of the losses, example by example."""
+    factors = slopes(LOSSES(w, batch), batch[1])
+    total = zeros(w)
+    for i, factor in enumerate(factors):
+        one = GRADIENT(w, family.rows_of(batch, [i]))
+        total = added(total, factor / len(factors), one)
+    return total
+
+
+def _bent(losses: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return 1 + BEND * losses
+
+
+def _own(losses: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.array(CLASSES)[labels]
+
+
+def _others(losses: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return 1 - np.array(CLASSES)[labels]
 
 
 def _along(point: Leaves, gradient: Leaves, names: Sequence[str]) -> Leaves:
@@ -305,9 +361,14 @@ def _plain(parts: Parts, last: Step, batch: Any) -> Step:
         norms=_norms(g),
         known=_norms(g),
         rho=0.0,
-        trace=last.trace,
         across=last.across,
+        **_kept(last),
     )
+
+
+def _kept(last: Step) -> dict[str, Leaves]:
+    """What a shape keeps from step to step."""
+    return {"trace": last.trace, "mean": last.mean, "squares": last.squares}
 
 
 def _finished(
@@ -337,7 +398,12 @@ def _norms(gradient: Leaves) -> dict[str, float]:
 
 
 def _direction(
-    parts: Parts, last: Step, part: Any, noise: Leaves
+    parts: Parts,
+    last: Step,
+    part: Any,
+    batch: Any,
+    noise: Leaves,
+    names: Sequence[str],
 ) -> tuple[Leaves, float | None]:
     """What the perturbation is formed from, for all leaves; the loss on the way."""
     if parts.ascent == "momentum":
@@ -346,18 +412,33 @@ def _direction(
         return last.update, None
     if parts.ascent == "random":
         return noise, None
-    return GRADIENT(last.params, part), loss(last.params, part)
+    w = last.params
+    if parts.ascent == "differences":  # of the loss along the leaves that move
+        ahead, behind = (
+            loss(added(w, mu, only(noise, names)), batch) for mu in (MU, -MU)
+        )
+        return scaled((ahead - behind) / (2 * MU), noise), None
+    if parts.descent == "weighed thrice":
+        return weighed_gradient(w, part, _own), loss(w, part)
+    return GRADIENT(w, part), loss(w, part)
 
 
 def _perturbation(
     parts: Parts, last: Step, direction: Leaves, names: Sequence[str]
-) -> tuple[Leaves, Leaves]:
-    """The perturbation, and the state of the chain."""
-    w, trace = last.params, last.trace
+) -> tuple[Leaves, dict[str, Leaves]]:
+    """The perturbation, and what the shape keeps: of each leaf while it is perturbed."""
+    w, kept = last.params, _kept(last)
     if parts.shape == "chain":  # a trace of what each leaf had, then a norm of 1
-        seen = added(direction, DECAY, trace)
-        trace = {name: seen[name] if name in names else trace[name] for name in trace}
-        direction = seen
+        direction = added(direction, DECAY, last.trace)
+        kept["trace"] = last.trace | only_of(direction, names)
+    if parts.shape == "light":  # Adam's scale, without its corrections
+        b1, b2 = LIGHT["b1"], LIGHT["b2"]
+        mean = added(scaled(b1, last.mean), 1 - b1, direction)
+        squared = {name: g**2 for name, g in direction.items()}
+        squares = added(scaled(b2, last.squares), 1 - b2, squared)
+        kept["mean"] = last.mean | only_of(mean, names)
+        kept["squares"] = last.squares | only_of(squares, names)
+        direction = {name: mean[name] / np.sqrt(squares[name]) for name in mean}
     shapes = {
         "raw": family.raw(),
         "normalized": family.normalized(),
@@ -370,8 +451,14 @@ def _perturbation(
         "proportional element": family.proportional_to_elements(),
         "chain": family.normalized(),
         "sparse": family.normalized(),
+        "light": family.raw(),
     }
-    return scaled(parts.rho, shapes[parts.shape](w, direction, names)), trace
+    return scaled(parts.rho, shapes[parts.shape](w, direction, names)), kept
+
+
+def only_of(leaves: Leaves, names: Sequence[str]) -> Leaves:
+    """These leaves alone."""
+    return {name: leaves[name] for name in names}
 
 
 def _combined(
