@@ -13,7 +13,7 @@ import lwsam_jax as lwsam
 from hostile import examples, NUMBERS
 
 
-PARAMS = {"a": jnp.ones((2, 2)), "b": jnp.full((2,), 0.5), "c": jnp.ones((1, 2))}
+PARAMS = {"a": jnp.ones((2, 2)), "b": 0.5 * jnp.ones(2), "c": jnp.ones((1, 2))}
 LAYERS = lwsam.Layers.of(PARAMS, lwsam.leaves)
 LARGEST = 1e18  # whose square float32 holds
 GRADS = st.fixed_dictionaries(
