@@ -105,6 +105,15 @@ def fully_sharded():
         say(value=float(info.value), cut=state.params["out"].sharding == cut)
 
 
+def refreshed():
+    """The model state once more, forward only, each process on its share."""
+    step = make()
+    state = start(step, jax.random.key(KEY_SEED))
+    again = step.refresh(state, map(own, BATCHES), constants=(np.ones(3),))
+    state, info = step(again, own(BATCHES[0]), np.ones(3))
+    say(value=float(info.value))
+
+
 def raises(run):
     try:
         run()

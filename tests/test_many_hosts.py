@@ -26,6 +26,7 @@ CASES = {
         *ALWAYS,
         "global_arrays",
         "fully_sharded",
+        "refreshed",
         "other_parameters",
         "other_selection",
         "alone",
@@ -122,6 +123,11 @@ def test_parameters_may_be_sharded_over_processes():
         assert [line["cut"] for line in lines] == [True] * len(infos)
         found = [line["value"] for line in lines]
         np.testing.assert_allclose(found, [value for value, _ in infos], rtol=1e-9)
+
+
+def test_a_model_state_is_refreshed_by_all():
+    for (line,) in run("refreshed", 2):
+        np.testing.assert_allclose(line["value"], one_process()[1][0][0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
