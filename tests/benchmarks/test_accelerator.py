@@ -12,7 +12,6 @@ import tiny_task
 from lwsam_bench.accelerator import evidence, networks, races, report, runs
 from lwsam_bench.commands.cli import main
 from lwsam_bench.commands.measures import accelerator as command_line
-from lwsam_bench.models import smallcnn
 from lwsam_bench.models.network import Network
 from lwsam_bench.support.errors import UserError
 from lwsam_bench.support.rows import read_rows
@@ -28,7 +27,6 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerator")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lwsam_bench.support.cache.enable", lambda: None)
-        patch.setattr(smallcnn, "BLOCKS", ((4, 1),))  # compiling is what takes time
         assert smoke(folder, "gpt,cifar10") == 0
     return folder
 

@@ -93,7 +93,7 @@ def test_table3(tmp_path):
         config = setups.config("cifar10", "lwsam", "smoke", 0, criterion=criterion)
         fake_runs.write(tmp_path, config, accuracy=accuracy)
     made = tables.table3(Request("smoke", tmp_path, CONSOLE))
-    found = cells(by_title(made)["CIFAR-10, resnet8w4, k = 4"])
+    found = cells(by_title(made)["CIFAR-10, tinycnn, k = 2"])
     assert found == {
         "None (SGD)": ("", "", "", "91.63 ± 0.3 %"),
         "High-Norm": ("60.00 %", "1.25 ×", "1", "92.81 ± 0.3 %"),

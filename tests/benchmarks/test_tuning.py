@@ -405,7 +405,7 @@ def test_a_tail_costs_its_share():
     runner = Runner(ImageCourse(task, None), BY_NAME["sam-tail"])
     config = {"lr": 0.1, "weight_decay": 1e-3, "steps": 10, "rho": 0.1}
     row = runner.run(Request("trial", 0, 0, config))
-    assert row["price"] == pytest.approx(1.3)
+    assert row["price"] == pytest.approx(1.3, abs=1e-3)
     assert row["gradients"] == pytest.approx(13.0)
 
 

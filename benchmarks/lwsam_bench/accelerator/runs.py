@@ -40,7 +40,7 @@ class Recipe:
 FULL = Recipe()
 SMOKE = Recipe(
     dataset="digits",
-    model="smallcnn",
+    model="tinycnn",
     epochs=2,
     batch_size=20,
     augment=False,

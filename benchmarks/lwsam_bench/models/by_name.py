@@ -6,7 +6,7 @@ from lwsam_bench.models import names
 from lwsam_bench.models.finetune import FineTunedViT, TRAINABLE
 from lwsam_bench.models.gpt import GPT
 from lwsam_bench.models.resnet import ResNet
-from lwsam_bench.models.smallcnn import SmallCNN
+from lwsam_bench.models.smallcnn import SmallCNN, TINY_BLOCKS
 from lwsam_bench.models.wrn import WideResNet
 
 
@@ -28,8 +28,8 @@ def build(
 
     Args:
       name: As `names.SCHEME` has it. `vit-b16` and `vit-tiny` are a backbone with
-        a new head, of which `trainable` tells the parameters; `resnet8w4`, `wrn10-1`,
-        `vit-tiny` and `gpt-tiny` are of no use but to run the code quickly.
+        a new head, of which `trainable` tells the parameters; `tinycnn`, `vit-tiny` and
+        `gpt-tiny` are of no use but to run the code quickly.
       image_shape: Height, width and channels of its input; not looked at for a text.
       num_classes: Number of its outputs: classes, or characters of the vocabulary.
       seed: Decides the initial parameters.
@@ -55,7 +55,8 @@ def build(
     channels = image_shape[-1]
     match parsed.family:
         case "smallcnn":
-            return SmallCNN(channels, num_classes, rngs=rngs)
+            blocks = TINY_BLOCKS if name == "tinycnn" else None
+            return SmallCNN(channels, num_classes, blocks, rngs=rngs)
         case "resnet":
             return ResNet(
                 channels,

@@ -5,9 +5,10 @@ import re
 
 
 SCHEME = (
-    "smallcnn, resnet<depth> with a depth of 6 n + 2 (resnet20), resnet<depth>w<width>"
-    " with the channels of the first stage (resnet8w4), wrn<depth>-<width> with a depth"
-    " of 6 n + 4 (wrn28-10), vit-b16, vit-tiny, gpt, gpt-small or gpt-tiny"
+    "smallcnn, tinycnn, resnet<depth> with a depth of 6 n + 2 (resnet20),"
+    " resnet<depth>w<width> with the channels of the first stage (resnet8w4),"
+    " wrn<depth>-<width> with a depth of 6 n + 4 (wrn28-10), vit-b16, vit-tiny, gpt,"
+    " gpt-small or gpt-tiny"
 )
 PLAIN_WIDTH = 16  # channels of the first stage of a plain residual network
 
@@ -15,6 +16,7 @@ _RESNET = re.compile(r"resnet([1-9]\d{0,3})(?:w([1-9]\d{0,3}))?")
 _WRN = re.compile(r"wrn([1-9]\d{0,3})-([1-9]\d{0,2})")
 _FIXED = {
     "smallcnn": "smallcnn",
+    "tinycnn": "smallcnn",
     "vit-b16": "vit",
     "vit-tiny": "vit",
     "gpt": "gpt",
