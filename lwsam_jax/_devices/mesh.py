@@ -257,7 +257,7 @@ def _array(x: Any) -> Any:
 
 def _kinds(tree: Any) -> str:
     """Returns path, dtype, shape and place of every leaf, as text."""
-    where = lambda x: x.sharding.spec if isinstance(x, jax.Array) else "the host"
+    where = lambda x: x.sharding.spec if hasattr(x, "sharding") else "the host"
     return ", ".join(
         f"{jax.tree_util.keystr(path)}: {x.dtype}{list(x.shape)} on {where(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
