@@ -156,12 +156,12 @@ def find_rho(
             for rho, row in zip(alive, scores, strict=True)
         ]
         alive, runs = [alive[i] for i in kept], [runs[i] for i in kept]
-    means = np.mean([[at[rho] for rho in alive] for at in late], axis=0)
-    best, gain = _best(means)
+    best, gain = _best(np.mean([[at[rho] for rho in alive] for at in late], axis=0))
     noise = math.sqrt(spread / repeats)
     stays = _best(np.stack([late[-1][0.0], late[-1][alive[best]]]))[1] >= 0
-    is_better = gain > confidence * noise and math.isfinite(gain) and stays
-    asked = f"not {confidence:.3g} standard errors" if stays else "gone at the end"
+    is_large = gain > confidence * noise and math.isfinite(gain)
+    asked = "gone at the end" if is_large else f"not {confidence:.3g} standard errors"
+    is_better = is_large and stays
     why = _why(alive[best], gain, noise, asked, is_better, radii, sweep, done)
     return FoundRho(
         rho=alive[best] if is_better else 0.0,

@@ -1,6 +1,7 @@
 """The command `find-rho`: what it runs, what it finds done, and how it judges."""
 
 import json
+import pathlib
 
 import pytest
 from rich.console import Console
@@ -8,6 +9,10 @@ from rich.console import Console
 from lwsam_bench.models import smallcnn
 from lwsam_bench.radius import report, run, trials
 from lwsam_bench.support.errors import UserError
+from lwsam_bench.support.rows import read_rows
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def rows_of(rho, by_rho, gradients=5700.0):
@@ -67,6 +72,19 @@ def test_two_of_the_four_tasks_are_clean():
     assert [task.noise for task in run.FOUR.values()] == [0.4, 0.0, 0.4, 0.0]
     assert 0.0 not in trials.RADII
     assert sorted(trials.RADII) == list(trials.RADII)
+
+
+def committed():
+    return list(read_rows(ROOT / "benchmarks/results/find-rho" / run.ROWS))
+
+
+def test_what_the_committed_rows_say():
+    """A proposal harms nowhere, and finds what there is to gain under noise."""
+    judged = {x.task: x for x in run.judged(committed())}
+    assert judged.keys() == run.FOUR.keys()
+    assert all(x.does_no_harm for x in judged.values())
+    assert judged["digits, 40 % noise"].is_near_the_best
+    assert judged["digits, 40 % noise"].proposed > 0
 
 
 CALLS: list = []

@@ -91,14 +91,19 @@ def _key(row: Row) -> tuple[object, ...]:
     return row["kind"], row["task"], rho, row["seed"]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return the table of the tasks whose rows are there, and what it comes to."""
-    judged = []
+def judged(rows: Sequence[Row]) -> list[report.Judged]:
+    """Return the tasks of which there are a sweep and a grid."""
+    found = []
     for name in FOUR:
         own = [row for row in rows if row["task"] == name]
-        kinds = {row["kind"] for row in own}
-        if kinds == {"sweep", "grid"}:
-            judged.append(report.judge(name, own, trials.STEPS))
-    if not judged:
+        if {row["kind"] for row in own} == {"sweep", "grid"}:
+            found.append(report.judge(name, own, trials.STEPS))
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the table of the tasks whose rows are there, and what it comes to."""
+    found = judged(rows)
+    if not found:
         return "No rows yet.\n"
-    return f"{report.table(judged)}\n{report.verdict(judged)}"
+    return f"{report.table(found)}\n{report.verdict(found)}"
