@@ -13,7 +13,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from multiprocessing.context import ForkServerProcess
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import jax
 
@@ -44,8 +45,7 @@ class Forked:
         cache: pathlib.Path,
         devices: int | None = None,
     ):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_IMPORTED))
+        context = _context()
         handle, name = tempfile.mkstemp(suffix=".log")
         os.close(handle)
         self._output = pathlib.Path(name)
@@ -87,6 +87,24 @@ class Forked:
         text = self._output.read_text(encoding="utf-8", errors="replace")
         self._output.unlink()
         return text
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
+    # Who is killed leaves semaphores, which are cleared away, and need not be told of.
+    name = "PYTHONWARNINGS"
+    before = os.environ.get(name)
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ[name] = quiet if before is None else f"{before},{quiet}"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+    return context
 
 
 def _run(

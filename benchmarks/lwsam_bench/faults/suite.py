@@ -33,6 +33,7 @@ class Extent:
       steps: Of each run.
       every: Steps between two checkpoints.
       method: What trains; its arguments.
+      images: On what; its arguments.
       few_steps: Of runs on several devices, and in several processes.
       processes: That train together, of which one is killed.
       victims: Which of them, one after the other; 0 is the coordinator.
@@ -43,6 +44,7 @@ class Extent:
     every: int = 7
     # All layers but one: a selection that changes from step to step.
     method: tuple[str, ...] = ("lwsam", "--k", "9")
+    images: tuple[str, ...] = ("--batch-size", "32")
     few_steps: int = 60
     processes: int = 4
     victims: tuple[int, ...] = (3, 0)
@@ -54,9 +56,16 @@ class Extent:
 
 
 SMOKE = Extent(
-    kills=2, steps=30, method=("sam",), few_steps=20, processes=2, victims=(1,)
+    kills=2,
+    steps=20,
+    every=4,
+    method=("sam",),
+    images=("--batch-size", "8", "--train-images", "100", "--test-images", "50"),
+    few_steps=20,
+    processes=2,
+    victims=(1,),
 )
-_RUN = ("--dataset", "digits", "--batch-size", "32", "--log-every", "1", "--method")
+_RUN = ("--dataset", "digits", "--log-every", "1", "--method")
 
 
 def run(
@@ -89,7 +98,13 @@ def run(
 def _rows(extent: Extent, console: Console) -> Sequence[Row]:
     with tempfile.TemporaryDirectory(prefix="lwsam-faults-") as name:
         folder = pathlib.Path(name)
-        arguments = (*_RUN, *extent.method, "--steps", str(extent.steps))
+        arguments = (
+            *_RUN,
+            *extent.method,
+            *extent.images,
+            "--steps",
+            str(extent.steps),
+        )
         arguments += ("--checkpoint-every", str(extent.every))
         trainer = Trainer(arguments, folder / "cache")
         unbroken, half = folder / "unbroken", folder / "half"
