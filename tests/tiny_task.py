@@ -28,7 +28,7 @@ class Tiny(nnx.Module):
         return self.last(nnx.relu(self.middle(x)))
 
 
-def make(config=None, data_dir=None, on_record=None):
+def make(config=None, data_dir=None, on_record=None, processes=None):
     """As `tasks.make`, whatever the arguments."""
     rng = np.random.default_rng(0)
     splits = [

@@ -1,5 +1,6 @@
 """Tunings of a moment, on real images: rows that survive whatever stops the command."""
 
+import collections
 import dataclasses
 import io
 import json
@@ -341,9 +342,15 @@ def test_a_process_knows_its_core():
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_rows(finished, tmp_path):
+    """Which trial is the best may differ: theirs is the whole network."""
     run(tmp_path, processes=2)
-    some = {results.key(row): row for row in outcomes(tmp_path)}
-    assert some.keys() == {results.key(row) for row in outcomes(finished)}
+    kind = lambda row: tuple(
+        row[name] for name in ("method", "draws", "phase", "seed", "length")
+    )
+    count = lambda folder: collections.Counter(map(kind, outcomes(folder)))
+    assert count(tmp_path) == count(finished)
+    keys = [results.key(row) for row in outcomes(tmp_path)]
+    assert len(keys) == len(set(keys))
     assert {row["origin"]["cores"] for row in rows_in(tmp_path)} == {1}
     assert (tmp_path / "tuning.md").exists()
 

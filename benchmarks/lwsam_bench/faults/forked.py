@@ -32,7 +32,8 @@ class Forked:
     """A process under way.
 
     Args:
-      module: Its `main` takes the arguments and returns an exit code, or None.
+      module: Within `lwsam_bench`. Its `main` takes the arguments and returns an exit
+        code, or None.
       arguments: Of the command line.
       cache: Folder of compiled programs.
       devices: How many JAX sees; as the flags of this process say by default.
@@ -122,4 +123,4 @@ def _run(
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    sys.exit(importlib.import_module(module).main(arguments))
+    sys.exit(importlib.import_module(f"lwsam_bench.{module}").main(arguments))

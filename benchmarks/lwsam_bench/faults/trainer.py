@@ -53,11 +53,11 @@ class Trainer:
     def start(self, out: pathlib.Path) -> "Watched":
         """Start a run in a folder."""
         arguments = ["train", *self.arguments, "--out", str(out)]
-        return Watched(Forked("lwsam_bench.commands.cli", arguments, self.cache), out)
+        return Watched(Forked("commands.cli", arguments, self.cache), out)
 
     def part(self, arguments: Sequence[str], devices: int) -> Forked:
         """Start a part of a run on so many devices; see `on_devices`."""
-        return Forked("lwsam_bench.faults.on_devices", arguments, self.cache, devices)
+        return Forked("faults.on_devices", arguments, self.cache, devices)
 
     def run(self, out: pathlib.Path) -> Ended:
         """Run to whatever end."""

@@ -232,10 +232,12 @@ class _Run:
 
     def _must_end(self, stop: Stop) -> bool:
         """Whether a signal came, or the time is up, in this process or another."""
-        limit = self.options.seconds
-        is_late = limit is not None and time.perf_counter() - self.started > limit
         self.signal = self.processes.most(stop.signal)
-        return bool(self.signal or (limit and self.processes.most(int(is_late))))
+        limit = self.options.seconds
+        if limit is None:
+            return bool(self.signal)
+        is_late = time.perf_counter() - self.started > limit
+        return bool(self.processes.most(int(is_late)) or self.signal)
 
     def _checkpoint(self, records: Records) -> None:
         # First the rows: a checkpoint promises that those before it are there.
