@@ -49,7 +49,8 @@ test: $(READY) ## run all tests but those of test-slow
 
 test-slow: $(READY) ## every three parts together, ten times the hostile input, half an hour
 	$(BIN)/python -m pytest -n auto --dist worksteal -m thorough tests/test_walk.py $(ARGS)
-	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=thorough \
+	$(BIN)/python -m pytest -n auto --dist worksteal --timeout 3600 \
+		--hypothesis-profile=thorough \
 		tests/test_hostile_*.py tests/test_random_programs.py $(ARGS)
 
 lint: $(READY) ## check style and types
