@@ -47,7 +47,7 @@ demo: $(READY) ## race SGD, the momentum, layer-wise SAM and SAM, each as tuned,
 test: $(READY) ## run all tests but those of test-slow
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-slow: $(READY) ## every three parts together, ten times the hostile input, half an hour
+test-slow: $(READY) ## every three parts together, ten times the hostile input, within an hour
 	$(BIN)/python -m pytest -n auto --dist worksteal -m thorough tests/test_walk.py $(ARGS)
 	$(BIN)/python -m pytest -n auto --dist worksteal --timeout 3600 \
 		--hypothesis-profile=thorough \
