@@ -103,7 +103,8 @@ def two_gradients(
     ]
     radius = rho
     if normalize != "none" and picked:
-        radius = rho / global_norm(picked if normalize == "selected" else ascent)
+        norm = global_norm(picked if normalize == "selected" else ascent)
+        radius = jnp.where(norm > 0, rho / norm, 0)  # a gradient of 0 moves nothing
     moved = [
         jnp.where(on, w + radius * g, w) if np.any(on) else w
         for w, g, on in zip(flat, ascent, chosen, strict=True)

@@ -8,7 +8,7 @@ import numpy as np
 import lwsam_jax as lwsam
 from hostile import compiled_examples, examples, only_our_errors
 from plain import assert_close, enable_x64, two_gradients
-from random_programs import arguments, LAYERS, programs
+from random_programs import arguments, LAYERS, Line, Program, programs
 
 
 SELECTIONS = st.lists(st.sampled_from(LAYERS), unique=True, min_size=1).map(tuple)
@@ -58,10 +58,19 @@ DRAWN = (
     st.integers(0, 5),
     st.one_of(st.none(), st.none(), MASKS),
 )
+# The only selected layer is in the branch that is not taken: its gradient is 0.
+UNREACHED = (
+    Program((Line("affine", (0, 0, 0)), Line("cond", (1, 1, 0))), 1, ""),
+    ("w0",),
+    {"rho": 0.05, "alpha": 0.0, "normalize": "selected"},
+    0,
+    None,
+)
 
 
 @compiled_examples
 @hypothesis.given(*DRAWN)
+@hypothesis.example(*UNREACHED)
 def test_a_split_program_has_the_gradient_of_the_whole(
     program, selection, options, seed, mask
 ):
@@ -70,6 +79,7 @@ def test_a_split_program_has_the_gradient_of_the_whole(
 
 @compiled_examples
 @hypothesis.given(*DRAWN)
+@hypothesis.example(*UNREACHED)
 def test_so_it_has_operation_by_operation(program, selection, options, seed, mask):
     """Slower than compiled: each loop and branch is compiled by itself."""
     assert_is_plain(program, selection, options, seed, mask)
