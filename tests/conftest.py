@@ -64,6 +64,15 @@ def data_dir():
 
 
 @pytest.fixture
+def x64():
+    """Double precision for the whole of a test."""
+    from plain import enable_x64
+
+    with enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def getkey(request):
     """A function that returns a new PRNG key at each call, the same in each run."""
     root = jax.random.key(zlib.crc32(request.node.nodeid.encode()))

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 import lwsam_jax as lwsam
 import reference
+import walk_combinations as combinations
 import walk_reference as walk
 from devices import DEVICES
 from plain import enable_x64
@@ -16,7 +17,7 @@ from walk_parts import loss_fn, to_tree
 KEY = jax.random.key(11)
 SIZE = 2 * DEVICES
 BATCHES = reference.mlp_batches(4, SIZE, seed=5)
-PARTS = walk.Parts(ascent="fraction", combine="mix")
+PARTS = combinations.Parts(ascent="fraction", combine="mix")
 
 
 def mesh():

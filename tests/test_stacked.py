@@ -8,7 +8,7 @@ import pytest
 
 import lwsam_jax as lwsam
 import stacked_nets as nets
-from plain import assert_close, enable_x64, two_gradients
+from plain import assert_close, two_gradients
 
 
 LENGTH = 3
@@ -20,12 +20,6 @@ SELECTIONS = {
     "with the embedding": ("blocks/key/1", "embed"),
     "none": (),
 }
-
-
-@pytest.fixture
-def x64():
-    with enable_x64(True):
-        yield
 
 
 def of_twin(layers, twin_layers, values):

@@ -11,8 +11,9 @@ import reference
 import walk_parts
 import walk_reference as walk
 from plain import enable_x64
+from walk_combinations import Parts
 from walk_parts import BATCHES, differs, from_tree, method_of
-from walk_reference import Parts, SIZE, STEPS
+from walk_reference import SIZE, STEPS
 
 
 COUNT = 2

@@ -11,6 +11,7 @@ import pytest
 
 import family_reference as family
 import reference
+import walk_combinations as combinations
 import walk_reference as walk
 from plain import enable_x64
 from walk_parts import (
@@ -141,7 +142,7 @@ def check(parts, **options):
 
 def check_refused(parts):
     """The message names the argument and says what to do."""
-    argument = walk.refused(parts)
+    argument = combinations.refused(parts)
     with pytest.raises((TypeError, ValueError)) as caught:
         method_of(parts)
     assert f"`{argument}`" in str(caught.value)
@@ -150,20 +151,20 @@ def check_refused(parts):
 
 def check_held(axes, right, others):
     """Whatever values these axes can have are in one that is right."""
-    held = {values for parts in right for values in walk.held_by(parts, axes)}
-    wrong = {values for parts in others for values in walk.held_by(parts, axes)}
-    assert held | wrong == walk.all_values(axes)
-    assert not any(map(walk.refused, right))
-    assert all(map(walk.refused, others))
-    possible = (p for p in walk.product() if walk.refused(p) is None)
-    assert held.issuperset(v for p in possible for v in walk.held_by(p, axes))
+    held = {values for parts in right for values in combinations.held_by(parts, axes)}
+    wrong = {values for parts in others for values in combinations.held_by(parts, axes)}
+    assert held | wrong == combinations.all_values(axes)
+    assert not any(map(combinations.refused, right))
+    assert all(map(combinations.refused, others))
+    possible = (p for p in combinations.product() if combinations.refused(p) is None)
+    assert held.issuperset(v for p in possible for v in combinations.held_by(p, axes))
 
 
 def test_the_few_hold_every_pair():
     """Those that can be right in one that is, and every other in one that is not."""
     check_held(2, FEW, REFUSED)
     one_alone = [parts._replace(**{"descent": "None"}) for parts in REFUSED]
-    assert any(map(walk.refused, one_alone))
+    assert any(map(combinations.refused, one_alone))
 
 
 # Half of them with one executable beside the plain one, where the mask picks.
@@ -181,7 +182,7 @@ def test_or_refused_with_a_remedy(parts):
 
 
 CHUNKS = 100  # of some nine combinations each
-THREES = functools.cache(lambda: walk.few(3))
+THREES = functools.cache(lambda: combinations.few(3))
 
 
 @pytest.mark.thorough
@@ -200,6 +201,6 @@ def test_every_three_parts_are_right(chunk):
 
 @pytest.mark.thorough
 def test_or_refused_in_the_whole_product():
-    for parts in walk.product():
-        if walk.refused(parts) is not None:
+    for parts in combinations.product():
+        if combinations.refused(parts) is not None:
             check_refused(parts)

@@ -11,8 +11,10 @@ import pytest
 import family_reference as family
 import lwsam_jax as lwsam
 import reference
+import walk_combinations as combinations
 import walk_reference as walk
 from plain import enable_x64
+from walk_combinations import Parts
 from walk_parts import (
     base_optimizer,
     BATCHES,
@@ -24,12 +26,12 @@ from walk_parts import (
     to_tree,
     trained,
 )
-from walk_reference import MOMENTUM, Parts, RATE, SIZE
+from walk_reference import MOMENTUM, RATE, SIZE
 
 
 # Each ascent with the default shape, and each shape with the default ascent.
-STAR = [Parts(ascent=name) for name in walk.PARTS["ascent"]]
-STAR += [Parts(shape=name) for name in walk.PARTS["shape"][1:]]
+STAR = [Parts(ascent=name) for name in combinations.PARTS["ascent"]]
+STAR += [Parts(shape=name) for name in combinations.PARTS["shape"][1:]]
 PASSES = [parts for parts in STAR if not parts.is_stale]
 LIMITS = {"no radius": {"rho": 0.0}, "nothing": {"select": lwsam.nothing()}}
 
@@ -74,8 +76,8 @@ def test_a_step_without_a_perturbation_is_the_base_optimizer_bit_for_bit(parts, 
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("shape", walk.PARTS["shape"])
-@pytest.mark.parametrize("ascent", walk.PARTS["ascent"])
+@pytest.mark.parametrize("shape", combinations.PARTS["shape"])
+@pytest.mark.parametrize("ascent", combinations.PARTS["ascent"])
 def test_and_the_transformation_hands_gradients_through(ascent, shape, limit):
     method = method_of(Parts(ascent=ascent, shape=shape), **LIMITS[limit])
     tx = lwsam.as_optax(method)

@@ -11,15 +11,17 @@ import optax
 import family_reference as family
 import lwsam_jax as lwsam
 import reference
+import walk_combinations as combinations
 import walk_reference as walk
 from plain import enable_x64
-from walk_reference import MOMENTUM, Parts, RATE, SIZE, STEPS
+from walk_combinations import Parts
+from walk_reference import MOMENTUM, RATE, SIZE, STEPS
 
 
 KEY = jax.random.key(7)
 SEED = 3
 BATCHES = reference.mlp_batches(STEPS, SIZE)
-FEW, REFUSED = walk.few(2)
+FEW, REFUSED = combinations.few(2)
 
 
 def name_of(parts):

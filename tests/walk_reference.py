@@ -1,11 +1,10 @@
 """One step of any combination of the built-in parts, in float64 NumPy.
 
-A combination names a value for each axis, as `PARTS` spells them. What a library draws
-is given: the layers of a step, the examples of its ascent, its noise. Everything else is
-computed here, with the arithmetic of `family_reference`.
+A combination names a value for each axis, as `walk_combinations` has it. What a library
+draws is given: the layers of a step, the examples of its ascent, its noise. Everything
+else is computed here, with the arithmetic of `family_reference`.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import family_reference as family
 import reference
 from family_reference import added, norm_of, only, over, scaled, zeros
 from reference import Leaves
+from walk_combinations import Parts
 
 
 LAYERS = reference.WEIGHTS
@@ -24,57 +24,6 @@ SIZE, STEPS = 8, 4
 RATE, MOMENTUM = 0.3, 0.9
 ETA, DECAY = 0.05, 0.5
 
-# The values of each axis, the default first.
-PARTS = {
-    "which": (
-        "everything",
-        "top_k",
-        "named",
-        "random_k",
-        "bandit",
-        "nothing",
-        "function",
-    ),
-    "ascent": (
-        "whole_batch",
-        "fraction",
-        "size",
-        "momentum",
-        "previous",
-        "random",
-        "differences",
-        "function",
-    ),
-    "shape": (
-        "normalized",
-        "raw",
-        "normalized all",
-        "adaptive",
-        "relative layer",
-        "relative filter",
-        "proportional filter",
-        "proportional rms",
-        "proportional element",
-        "chain",
-        "sparse",
-        "light",
-    ),
-    "combine": (
-        "descend",
-        "mix",
-        "surrogate_gap",
-        "match_norm",
-        "decoupled",
-        "descend_on_selected",
-        "flatness",
-        "reuse",
-        "function",
-    ),
-    "when": ("always", "every", "last", "between", "predicate", "gate"),
-    "descent": ("None", "sharpest", "weighed", "weighed thrice"),
-}
-STALE = ("momentum", "previous", "random", "differences")
-RHO = {"raw": 0.3, "relative layer": 0.1, "relative filter": 0.1, "light": 0.05}
 ALPHA = {"mix": 0.8, "surrogate_gap": 0.5, "decoupled": 0.6}
 WEIGHT = 0.7  # of `reuse`
 FLATNESS = {"radius": 0.1, "beta0": 0.3, "beta1": 0.6, "gamma": 0.2}
@@ -93,48 +42,6 @@ WHEN = {
     "predicate": (True, True, False, True),
     "gate": (True, False, True, True),
 }
-
-
-class Parts(NamedTuple):
-    """A value for each axis."""
-
-    which: str = "everything"
-    ascent: str = "whole_batch"
-    shape: str = "normalized"
-    combine: str = "descend"
-    when: str = "always"
-    descent: str = "None"
-
-    @property
-    def rho(self) -> float:
-        """The radius that this shape is walked with."""
-        return RHO.get(self.shape, 0.4)
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the ascent takes no pass."""
-        return self.ascent in STALE
-
-
-def refused(parts: Parts) -> str | None:
-    """The argument that a combination has to be refused for, None if it is right."""
-    if parts.is_stale and parts.combine not in ("descend", "descend_on_selected"):
-        return "combine"  # there is no ascent gradient
-    if parts.combine == "reuse" and parts.which != "everything":
-        return "combine"  # its norms are over all layers
-    if parts.combine == "flatness" and (
-        parts.when == "gate" or parts.descent != "None"
-    ):
-        return "combine"  # it takes two gradients of each pass
-    if parts.descent == "sharpest" and parts.ascent != "whole_batch":
-        return "descent"  # nobody knows the clean losses
-    if parts.descent == "weighed thrice" and parts.is_stale:
-        return "descent"  # there is no ascent to weigh
-    if parts.when == "gate" and parts.is_stale:
-        return "ascent"  # there is no gradient to decide by
-    if parts.when == "gate" and parts.descent != "None":
-        return "descent"  # it would decide in between
-    return None
 
 
 class Step(NamedTuple):
@@ -484,54 +391,3 @@ def _combined(
     return {n: mixed[n] if n in names else leaf for n, leaf in descent.items()}, (
         last.across
     )
-
-
-# --- which combinations to try --------------------------------------------------------
-
-
-Values = tuple[tuple[str, str], ...]  # of some axes, by their names
-
-
-def product() -> list[Parts]:
-    """Every combination."""
-    return [Parts(*values) for values in itertools.product(*PARTS.values())]
-
-
-def held_by(parts: Parts, axes: int) -> list[Values]:
-    """The values of each so many axes in a combination."""
-    return list(itertools.combinations(parts._asdict().items(), axes))
-
-
-def all_values(axes: int) -> set[Values]:
-    """Those of all combinations."""
-    return {
-        tuple(zip(names, values, strict=True))
-        for names in itertools.combinations(PARTS, axes)
-        for values in itertools.product(*(PARTS[name] for name in names))
-    }
-
-
-def few(axes: int) -> tuple[list[Parts], list[Parts]]:
-    """Combinations that hold the values of each so many axes.
-
-    Those that are right hold all that one of them can hold. And one for each other, which
-    has to be refused. Greedy, the same in each run: what holds most of the missing comes
-    next.
-    """
-    right = [parts for parts in product() if refused(parts) is None]
-    numbers: dict[Values, int] = {}
-    held = np.array(
-        [
-            [numbers.setdefault(values, len(numbers)) for values in held_by(p, axes)]
-            for p in right
-        ]
-    )
-    missing, left, chosen = np.ones(len(numbers), bool), np.arange(len(right)), []
-    while missing.any():
-        gain = missing[held[left]].sum(axis=1)
-        best = left[np.argmax(gain)]
-        chosen.append(right[best])
-        missing[held[best]] = False
-        left = left[gain > 0]
-    others = sorted(all_values(axes) - numbers.keys())
-    return chosen, [Parts()._replace(**dict(values)) for values in others]
