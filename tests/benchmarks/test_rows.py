@@ -35,7 +35,10 @@ def test_a_broken_line_further_up_is_an_error(tmp_path):
         list(rows.read_rows(path))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"),
+    reason="needs /dev/full, a disk that is full: Linux has it",
+)
 def test_a_disk_that_is_full_is_said_once(tmp_path):
     """Not again when the file is closed, whose buffer still holds the row."""
 

@@ -335,7 +335,10 @@ def test_each_process_gets_a_core(monkeypatch, allowed, here, processes, expecte
     assert cores.count() == len(allowed)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores have no names")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"),
+    reason="needs os.sched_getaffinity: elsewhere cores have no names",
+)
 def test_a_process_knows_its_core():
     assert cores._current() in range(os.cpu_count())
 
